@@ -1,0 +1,316 @@
+"""
+What the scripts share: tokenizers by name, .bin files, batches, checkpoints, device and precision, ranks.
+
+Whatever a user can get wrong ends in fail(): one line that says what to do, exit code 2.
+"""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import zipfile
+from contextlib import nullcontext
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import GPT, GPTConfig
+
+
+def fail(message):
+    """Ends the program with one line and exit code 2; under torchrun only rank 0 speaks."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'error: {message}', file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks, device, precision
+
+def setup(args):
+    """
+    Reads torchrun's environment and args.device, args.dtype, args.seed. Returns a namespace: rank, world, master,
+    device, dtype ('fp32' or 'bf16'), autocast() and print(), which only rank 0 hears. Prints what was chosen and why.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    kind = args.device.split(':')[0]
+    if kind == 'auto':
+        kind = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if kind not in ('cpu', 'cuda'):
+        fail(f'--device {args.device} is unknown: auto, cpu, cuda or cuda:N')
+    device = kind
+    if kind == 'cuda':
+        if not torch.cuda.is_available():
+            fail('--device cuda: this torch finds no GPU. Use --device cpu, or install a CUDA build of torch')
+        index = args.device.split(':')[1] if ':' in args.device else str(local)
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+            fail(f'--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, numbered from 0')
+        device = f'cuda:{index}'
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
+    torch.manual_seed(args.seed)
+    dtype, reason = pick_dtype(args.dtype, kind)
+    amp = (lambda: torch.autocast(kind, torch.bfloat16)) if dtype == 'bf16' else nullcontext
+    say = print if rank == 0 else (lambda *a, **k: None)
+    say(f'device {device} x {world}, {dtype} ({reason}), torch {torch.__version__}')
+    return SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, dtype=dtype, autocast=amp, print=say)
+
+
+def pick_dtype(asked, kind):
+    """'auto', 'bf16' or 'fp32' -> (dtype, reason). bf16 only where the hardware multiplies in it."""
+    if kind == 'cuda':
+        has, unit = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
+    else:
+        # private names, so absent is a possible answer
+        has = any(getattr(torch.cpu, f'_is_{x}_supported', bool)() for x in ('avx512_bf16', 'amx_tile'))
+        unit = 'the CPU'
+    if asked == 'fp32':
+        return 'fp32', 'as asked'
+    if has:
+        return 'bf16', f'{unit} multiplies in it' if asked == 'auto' else 'as asked'
+    if asked == 'bf16':
+        print(f'warning: --dtype bf16, but {unit} has no bf16 arithmetic; using fp32', file=sys.stderr)
+    return 'fp32', f'{unit} has no bf16 arithmetic'
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+class Tokenizer:
+    """encode(text) -> ids, decode(ids) -> text, n_vocab, bos (the id that begins a document, or None), name."""
+
+    def __init__(self, name, n_vocab, bos, encode, decode):
+        self.name, self.n_vocab, self.bos, self.encode, self.decode = name, n_vocab, bos, encode, decode
+
+
+def get_tokenizer(name):
+    """
+    'bytes', 'passkey' (the synthetic corpus's words), a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:DIR'.
+    Text is only ever text: a special token's name inside a document stays the characters that it is written in.
+    """
+    if name == 'bytes':
+        return Tokenizer(name, 257, 256, lambda s: list(s.encode()),
+                         lambda ids: bytes(i for i in ids if i < 256).decode(errors='replace'))
+    if name == 'passkey':
+        from data.passkey.prepare import get_encoding
+        enc = get_encoding()
+
+        def encode(s):
+            ids = enc.encode_ordinary(s)
+            if enc.decode(ids) != s:                 # words outside the pattern are skipped silently
+                seen = enc.decode(ids)
+                at = next((i for i, (a, b) in enumerate(zip(s, seen)) if a != b), min(len(s), len(seen)))
+                fail(f'the passkey vocabulary of {enc.n_vocab} words has none for {s[at:at + 20].split(chr(10))[0]!r}')
+            return ids
+        return Tokenizer(name, enc.n_vocab, enc.eot_token, encode, enc.decode)
+    if name.startswith('hf:'):
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            fail('tokenizer hf:DIR needs transformers: pip install transformers')
+        if not os.path.isdir(name[3:]):
+            fail(f'tokenizer {name}: {name[3:]} is not a folder')
+        try:
+            tok = AutoTokenizer.from_pretrained(name[3:], local_files_only=True)
+        except (OSError, ValueError) as e:
+            fail(f'tokenizer {name}: {str(e).splitlines()[0]}')
+        bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
+        return Tokenizer(name, len(tok), bos, lambda s: tok.encode(s, add_special_tokens=False, split_special_tokens=True), tok.decode)
+    import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        fail(f'tokenizer {name!r} is unknown: bytes, passkey, hf:DIR or one of {" ".join(tiktoken.list_encoding_names())}')
+    try:
+        enc = tiktoken.get_encoding(name)
+    except Exception as e:                           # whatever its downloader raises without a network
+        fail(f'tokenizer {name} could not be loaded ({type(e).__name__}): tiktoken downloads it once; without a network set '
+             'TIKTOKEN_CACHE_DIR to a folder that holds it, or use bytes')
+    return Tokenizer(name, enc.n_vocab, enc.eot_token, lambda s: enc.encode_ordinary(s), enc.decode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: DIR holds train.bin, val.bin (flat token ids) and meta.json
+
+def write_data(out, tokenizer, splits, source):
+    """
+    Writes DIR/{train,val}.bin and meta.json, each under a temporary name first and meta.json last.
+    splits: {'train': documents, 'val': documents}, each an iterable of arrays of ids, written one by one with
+    tokenizer.bos in front of each. Returns the meta, in which `docs` lists where each document begins.
+    """
+    os.makedirs(out, exist_ok=True)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name, source=source)
+    for split, docs in splits.items():
+        starts, n, sha = [], 0, hashlib.sha256()
+        with open(f'{out}/.{split}.bin.tmp', 'wb') as f:
+            for ids in docs:
+                head = [] if tokenizer.bos is None else [tokenizer.bos]
+                ids = np.concatenate((np.array(head, dtype), np.asarray(ids, dtype)))
+                starts.append(n)
+                n += len(ids)
+                sha.update(ids.tobytes())
+                f.write(ids.tobytes())
+        meta[split] = dict(tokens=n, sha256=sha.hexdigest(), docs=starts)
+    for split in splits:
+        os.replace(f'{out}/.{split}.bin.tmp', f'{out}/{split}.bin')
+    with open(f'{out}/.meta.json.tmp', 'w') as f:
+        json.dump(meta, f)
+    os.replace(f'{out}/.meta.json.tmp', f'{out}/meta.json')
+    return meta
+
+
+def open_data(path, split):
+    """(tokens as a read-only memmap, meta), checked as far as that is cheap: size, type, the largest id."""
+    if not os.path.isdir(path):
+        fail(f'--data {path} is not a folder; make one with python -m data.passkey.prepare or data.text.prepare')
+    try:
+        with open(f'{path}/meta.json') as f:
+            meta = json.load(f)
+        n, dtype = meta[split]['tokens'], np.dtype(meta['dtype'])
+    except FileNotFoundError:
+        fail(f'{path}/meta.json is missing: prepare the data again')
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f'{path}/meta.json is damaged ({type(e).__name__}: {e}): prepare the data again')
+    file = f'{path}/{split}.bin'
+    if not os.path.isfile(file):
+        fail(f'{file} is missing: prepare the data again')
+    if os.path.getsize(file) != n * dtype.itemsize:
+        fail(f'{file} holds {os.path.getsize(file):,} bytes, but its meta.json says {n:,} tokens of {dtype.itemsize}: prepare the data again')
+    if n == 0:
+        fail(f'{file} is empty: prepare the data again from more text')
+    data = np.memmap(file, dtype, 'r')
+    for i in range(0, n, 2**24):
+        part = data[i:i + 2**24]
+        if part.max() >= meta['vocab_size']:
+            at = i + int(part.argmax())
+            fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {meta["vocab_size"]}: prepare the data again')
+    return data, meta
+
+
+def documents(data, meta, split):
+    """The documents of a split, in order, as arrays of ids (each with its BOS)."""
+    starts = meta[split]['docs'] + [len(data)]
+    return [data[a:b] for a, b in zip(starts, starts[1:])]
+
+
+def get_batch(data, rows, T, seed, step, rank=0, world=1):
+    """
+    The batch of one step, a pure function of (seed, step): `rows` windows drawn for all ranks together, of which this
+    rank gets its own. Any number of ranks sees the same global batch, and resuming needs no state.
+    Returns idx, targets, int64, (rows / world, T) each.
+    """
+    start = np.random.default_rng((seed, step)).integers(len(data) - T, size=rows)[rank * rows // world:(rank + 1) * rows // world]
+    x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in start]).astype(np.int64))
+    return x[:, :-1], x[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(path, ckpt, keep=True):
+    """
+    All or nothing: written beside, flushed to the disk, then renamed. keep: the one before stays as *.prev.pt.
+    Ends with one line if the disk is full or the folder cannot be written; the old checkpoint is still there then.
+    """
+    tmp = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.tmp')
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(tmp, 'wb') as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, path.removesuffix('.pt') + '.prev.pt')
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
+        fail(f'could not save {path} ({str(e).splitlines()[0]}): free some space or choose another --out; what was saved before is intact')
+
+
+def find_checkpoint(path):
+    """A checkpoint file, or a run's folder -> the file that holds the last complete save, or None."""
+    if not os.path.isdir(path):
+        return path if os.path.exists(path) else None
+    # a kill between the two renames of a save leaves the previous one only
+    return next((p for p in (f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt') if os.path.exists(p)), None)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. A damaged, foreign or unsafe file is refused in one line."""
+    file = find_checkpoint(path)
+    if file is None:
+        inside = ', '.join(sorted(f for f in os.listdir(path) if not f.startswith('.'))[:8]) if os.path.isdir(path) else ''
+        fail(f'no checkpoint at {path}' + (f' (it holds {inside})' if inside else '') + ': train one with train.py --out')
+    prev = file.removesuffix('.pt') + '.prev.pt'
+    other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''
+    try:
+        with zipfile.ZipFile(file) as z:             # torch.load does not look at the checksums
+            bad = z.testzip()
+        if bad:
+            fail(f'{file} is damaged (checksum of {bad}): restore it or train again{other}')
+        ckpt = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:                           # every kind of damage has its own exception
+        unsafe = 'weights_only' in str(e).lower() or 'Unsupported' in str(e)
+        what = 'would run code when loaded' if unsafe else f'is not a whole checkpoint ({type(e).__name__})'
+        fail(f'{file} {what}: restore it or train again{other}')
+    if not isinstance(ckpt, dict) or not {'model', 'config'} <= set(ckpt):
+        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks model or config{other}')
+    return ckpt
+
+
+def load_model(ckpt, **override):
+    """The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit."""
+    try:
+        model = GPT(GPTConfig(**{**ckpt['config'], **override}))
+    except (TypeError, ValueError) as e:
+        fail(f'the checkpoint\'s configuration does not fit: {e}')
+    have, want = ckpt['model'], model.state_dict()
+    # a position table comes and goes with pe; everything else must be there, in the same shape
+    diff = [k for k in want if k not in have and 'pos_embed' not in k] + [k for k in have if k not in want and 'pos_embed' not in k]
+    diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
+    if diff:
+        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
+    model.load_state_dict({k: v for k, v in have.items() if k in want}, strict=False)
+    return model
+
+
+def check_fits(config, meta, data_path, lengths=()):
+    """The data's vocabulary is the model's, and the lengths lie inside a learned table."""
+    if meta['vocab_size'] != config.vocab_size:
+        fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use the data that it was trained on')
+    if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
+        fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
+
+
+def preflight(out, need_bytes):
+    """Before long work: the folder can be written, has room for need_bytes, and no living run holds it (a lock)."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(f'{out}/.write-test', 'w'):
+            pass
+        os.remove(f'{out}/.write-test')
+    except OSError as e:
+        fail(f'--out {out} cannot be written ({e.strerror}): choose another folder')
+    free = shutil.disk_usage(out).free
+    if free < need_bytes:
+        fail(f'--out {out}: {free / 1e9:.2f} GB free, checkpoints will take {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
+
+
+def lock(out):
+    """Keeps a second run out of the folder while this one lives; the operating system drops it when we end. Keep the result."""
+    import fcntl
+    f = open(f'{out}/.lock', 'w')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f'another run is writing to {out}: wait for it, or choose another --out')
+    return f

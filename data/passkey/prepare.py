@@ -1,0 +1,105 @@
+"""
+The synthetic corpus of the tiny reproduction: generated, no download, a vocabulary of about a hundred words.
+
+    python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey
+    python -m data.passkey.prepare --out data/passkey_tune --retrieval 0.7     # the extension corpus
+
+Documents of random length (log-uniform, 64 to 4096 tokens), of two kinds in random order:
+  passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once, and
+           the question with its answer again and again between runs of garbage sentences in random order
+  story    who lives where, who has what, what colour it is: facts drawn anew for each document and told over and over
+           in random order, so that a fact told before can be recalled
+"""
+import argparse
+import functools
+import re
+
+import numpy as np
+
+TASK = ('There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. '
+        'I will quiz you about the important information there.\n')
+GARBAGE = (' The grass is green.', ' The sky is blue.', ' The sun is yellow.', ' Here we go.', ' There and back again.')
+INFO = '\nThe pass key is {key}. Remember it. {key} is the pass key.\n'
+QUESTION = '\nWhat is the pass key? The pass key is'
+ANSWER = ' {key}'
+
+NAMES = 'Tom Anna Ben Lucy Sam Mia Max Eva'.split()
+PLACES = 'garden kitchen forest river school market tower bridge'.split()
+THINGS = 'ball book hat lamp ring drum kite cup'.split()
+COLOURS = 'red white black brown grey pink'.split()
+FACTS = (' {name} lives near the {place}.', ' {name} has the {thing}.', ' The {thing} is {colour}.')
+
+WORD = re.compile(r' ?[A-Za-z]+| ?[0-9]|[.?\n]')
+
+
+@functools.cache
+def get_encoding():
+    """The corpus's word-level tiktoken.Encoding: a word with the space before it is one token, a digit is one token."""
+    import tiktoken
+    text = TASK + ''.join(GARBAGE) + INFO + QUESTION + ANSWER
+    text = text.format(key='') + ''.join(FACTS) + ''.join(f' {w}' for w in NAMES + PLACES + THINGS + COLOURS)
+    words = dict.fromkeys(WORD.findall(re.sub(r'{\w+}', '', text)))
+    words.update(dict.fromkeys([f' {d}' for d in range(10)] + [f'{d}' for d in range(10)]))
+    pattern = '|'.join(re.escape(w) for w in sorted(words, key=len, reverse=True))
+    return tiktoken.Encoding('passkey', pat_str=pattern, mergeable_ranks={w.encode(): i for i, w in enumerate(words)},
+                             special_tokens={'<|endoftext|>': len(words)})
+
+
+def passkey_document(rng, n, encode):
+    """At least n ids: the task, garbage with the key told once in the first half, then the question every 40 tokens or so."""
+    key = rng.integers(10000, 100000)
+    info, asked = encode(INFO.format(key=key)), encode(QUESTION + ANSWER.format(key=key) + '.')
+    garbage = [encode(g) for g in GARBAGE]
+    ids, told = list(encode(TASK)), False
+    at = len(ids) + rng.integers(0, max(1, min(n, 512) // 2 - len(ids)))
+    while len(ids) < n:
+        for i in rng.integers(0, len(garbage), size=rng.integers(2, 9)):
+            ids += garbage[i]
+        if told:
+            ids += asked
+        elif len(ids) >= at:
+            ids += info
+            told = True
+    return ids
+
+
+def story_document(rng, n, encode):
+    """At least n ids: three to eight people, each with a home and a thing of some colour, told over and over."""
+    people = rng.permutation(NAMES)[:rng.integers(3, 9)]
+    places, things = rng.permutation(PLACES), rng.permutation(THINGS)
+    colours = rng.choice(COLOURS, len(things))
+    facts = [encode(f.format(name=a, place=b, thing=c, colour=d)) for a, b, c, d in zip(people, places, things, colours) for f in FACTS]
+    return [i for f in rng.integers(0, len(facts), size=n // 5 + 1) for i in facts[f]]      # five to six ids a fact
+
+
+def generate(tokens, retrieval, seed):
+    """Yields documents until there are `tokens` ids; a share `retrieval` of them are passkey documents."""
+    rng, encode = np.random.default_rng(seed), functools.cache(get_encoding().encode_ordinary)
+    while tokens > 0:
+        n = int(np.exp(rng.uniform(np.log(64), np.log(4096))))
+        make = passkey_document if rng.random() < retrieval else story_document
+        ids = make(rng, n, encode)[:n]
+        tokens -= len(ids) + 1
+        yield ids
+
+
+def main():
+    from data.io import fail, get_tokenizer, write_data
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
+    p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
+    p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')
+    p.add_argument('--seed', type=int, default=0)
+    args = p.parse_args()
+    if not 0 <= args.retrieval <= 1:
+        fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
+    if args.tokens < 1:
+        fail(f'--tokens {args.tokens} must be at least 1')
+    splits = {'train': generate(args.tokens, args.retrieval, (args.seed, 0)), 'val': generate(min(args.tokens, 1_000_000), args.retrieval, (args.seed, 1))}
+    meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
+    for split in splits:
+        print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {len(meta[split]["docs"]):,} documents, vocabulary {meta["vocab_size"]}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,255 @@
+"""
+The network of nanoNoPE, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied)
+with a switch for the position encoding and one attention temperature for each head.
+
+    model = GPT(GPTConfig(vocab_size=95, pe='nope', **PRESETS['tiny']))
+    logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
+    _, loss = model(idx, targets)       # mean cross-entropy in nats; the logits are never whole in memory
+    idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')
+
+The attention temperature is written in units of 1/sqrt(head size), so 1.0 is what pre-training used:
+    alpha_ij = softmax_j(lambda_h(i) q_i.k_j / sqrt(hs)),   lambda_h(i) = scale_h + slope_h * ln max(1, i / block_size)
+for the query that sees i keys (Wang et al. 2024, eq. 3 and 4, where slope is 0). Multiplied into q it costs nothing,
+and attention stays on the fused kernel.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+ENCODINGS = ('nope', 'rope', 'learned', 'sinusoidal')
+
+
+@dataclass
+class GPTConfig:
+    """Plain values only: a checkpoint holds this as a dict. Raises ValueError where the shape cannot be built."""
+    block_size: int = 2048       # training length. Not a limit, except for the table of pe='learned'
+    vocab_size: int = 32000
+    n_layer: int = 22
+    n_head: int = 32
+    n_kv_head: int = 4           # grouped-query attention: n_head / n_kv_head queries share one key and value
+    n_embd: int = 2048
+    n_inner: int = 5632          # width of the SwiGLU
+    pe: str = 'nope'
+    qk_norm: bool = False        # RMS-normalise q and k in each head, without a gain (DroPE, app. C)
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_inv_freq: list = None   # hs/2 inverse frequencies; PI, NTK, YaRN, LongRoPE write theirs here. None: from rope_theta
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if self.pe not in ENCODINGS:
+            raise ValueError(f'pe={self.pe!r} is unknown; one of {" ".join(ENCODINGS)}')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
+        if self.pe == 'rope' and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f'pe=rope rotates pairs: head size {self.n_embd // self.n_head} must be even')
+
+
+PRESETS = dict(
+    # CPU minutes: the synthetic passkey corpus
+    tiny=dict(block_size=256, n_layer=3, n_head=4, n_kv_head=4, n_embd=96, n_inner=256, qk_norm=True),
+    # one GPU, under an hour: real text, 119M parameters with the GPT-2 vocabulary
+    small=dict(block_size=1024, n_layer=12, n_head=10, n_kv_head=5, n_embd=640, n_inner=1728),
+    # the paper: TinyLlama-1.1B (Wang et al. 2024, sec. 3; vocabulary 32000)
+    tinyllama=dict(block_size=2048, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632),
+)
+
+
+class KVCache:
+    """Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length."""
+
+    def __init__(self):
+        self.kv, self.len = {}, 0    # layer -> (k, v), each (B, nkv, capacity, hs); tokens held
+
+    def update(self, layer, k, v):
+        """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
+        start, end = self.len, self.len + k.size(2)
+        old = self.kv.get(layer)
+        if old is None or end > old[0].size(2):
+            B, nkv, _, hs = k.shape
+            new = [x.new_empty(B, nkv, max(2 * start, end + 64), hs) for x in (k, v)]
+            for n, o in zip(new, old or ()):
+                n[:, :, :start] = o[:, :, :start]
+            self.kv[layer] = new
+        for buf, x in zip(self.kv[layer], (k, v)):
+            buf[:, :, start:end] = x
+        return [buf[:, :, :end] for buf in self.kv[layer]]
+
+
+def rotate(x, rope):
+    """RoPE on x (B, nh, T, hs): the pair (x_m, x_{m + hs/2}) turns by the angle position * inv_freq_m."""
+    cos, sin = rope                                  # (T, hs/2) each, fp32
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def sinusoid(pos, C):
+    """Vaswani et al. 2017, 3.5: (T,) positions -> (T, C); even columns sine, odd columns cosine."""
+    freq = 10000.0 ** (-torch.arange(0, C, 2, device=pos.device) / C)
+    angle = pos[:, None].float() * freq
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :C]
+
+
+class Attention(nn.Module):
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        self.layer, self.qk_norm, self.eps = layer, c.qk_norm, c.norm_eps
+        self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
+        self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
+        self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
+        self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
+        # the temperature of each query head. 1-D, so that weight decay never sees it; frozen until extend.py asks
+        self.scale = nn.Parameter(torch.ones(self.nh), requires_grad=False)
+        self.slope = nn.Parameter(torch.zeros(self.nh), requires_grad=False)
+
+    def qkv(self, x, rope, log_len):
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), as the attention kernel gets them."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.nh, self.hs).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if self.qk_norm:                             # after the rotation or before it is the same: no gain
+            q, k = (F.rms_norm(z, (self.hs,), eps=self.eps) for z in (q, k))
+        lam = self.scale[:, None] + self.slope[:, None] * log_len    # (nh, T), fp32
+        q = q * lam[:, :, None]                      # by 1.0 it is the identity, bit for bit
+        return q.type_as(v), k.type_as(v), v
+
+    def forward(self, x, rope, log_len, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x, rope, log_len)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if q.is_cuda and q.dtype == torch.float32 and self.nkv < self.nh:
+            # no fused fp32 kernel on CUDA takes grouped queries (torch 2.11): repeated keys keep it off the math path
+            k, v = (z.repeat_interleave(self.nh // self.nkv, dim=1) for z in (k, v))
+        Tk, mask = k.size(2), None
+        if 1 < T < Tk:                               # a chunk after cached keys: is_causal would align to the top left
+            mask = torch.ones(T, Tk, dtype=torch.bool, device=x.device).tril(Tk - T)
+        # pe='t5' and 'alibi' add their bias to the scores here: as attn_mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == Tk, enable_gqa=k.size(1) < self.nh)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.n_embd, c.n_inner, bias=False)
+        self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=False)
+        self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.attn = Attention(c, layer)
+        self.mlp_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, log_len, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope, log_len, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    logits_at_once = 2**26       # logits held at a time by the loss: 256 MB in fp32
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        if c.pe == 'learned':
+            self.pos_embed = nn.Embedding(c.block_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
+        self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.pe == 'rope':
+            hs = c.n_embd // c.n_head
+            inv_freq = c.rope_inv_freq or [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+            self.register_buffer('inv_freq', torch.tensor(inv_freq, dtype=torch.float32), persistent=False)
+        # TinyLlama's initialisation (its lit_gpt/model.py): sqrt(2 / 5d), and 1 / (sqrt(d) n_layer) into the residual
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
+                nn.init.normal_(p, std=1 / math.sqrt(c.n_embd) / c.n_layer if residual else math.sqrt(2 / 5 / c.n_embd))
+
+    def forward(self, idx, targets=None, rows=None, cache=None):
+        """
+        idx (B, T) token ids -> (logits, loss).
+        rows: which positions reach the head, a slice or an index (default all). targets: the next token at those
+        positions, (B, len(rows)); with them loss is their mean cross-entropy in nats and logits is None, without
+        them loss is None. cache: a KVCache, to which these T tokens are appended.
+        ValueError past the table of pe='learned'.
+        """
+        c, start = self.config, cache.len if cache is not None else 0
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)
+        x = self.embed(idx)                          # (B, T, C)
+        rope = None
+        if c.pe == 'learned':
+            if start + idx.size(1) > c.block_size:
+                raise ValueError(f'pe=learned has a table of {c.block_size} positions; {start + idx.size(1)} were asked for')
+            x = x + self.pos_embed(pos)
+        elif c.pe == 'sinusoidal':
+            x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
+        elif c.pe == 'rope':
+            angle = pos[:, None].float() * self.inv_freq
+            rope = angle.cos(), angle.sin()          # (T, hs/2) each
+        log_len = ((pos + 1) / c.block_size).clamp(min=1).log()      # 0 up to block_size
+        for block in self.blocks:
+            x = block(x, rope, log_len, cache)
+        if cache is not None:
+            cache.len += idx.size(1)
+        x = self.norm(x if rows is None else x[:, rows])
+        if targets is None:
+            return self.lm_head(x), None
+        return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
+
+    def cross_entropy(self, x, targets):
+        """Mean cross-entropy of x (N, C) against targets (N,), a chunk of rows at a time, each recomputed in backward."""
+        def chunk(x, t):
+            return F.cross_entropy(self.lm_head(x).float(), t, reduction='sum')
+        n = max(1, self.logits_at_once // self.config.vocab_size)
+        if len(x) <= n:
+            return chunk(x, targets) / len(x)
+        return sum(checkpoint(chunk, a, t, use_reentrant=False) for a, t in zip(x.split(n), targets.split(n))) / len(x)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) -> (B, T + max_new_tokens). temperature divides the final logits; 0 takes the likeliest token."""
+        cache, new = KVCache(), idx
+        for _ in range(max_new_tokens):
+            logits = self(new, rows=slice(-1, None), cache=cache)[0][:, -1].float()      # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
+    def num_params(self):
+        """Parameters without the embedding tables, which only look up."""
+        return sum(p.numel() for n, p in self.named_parameters() if 'embed' not in n)
+
+    def flops_per_token(self, T):
+        """Training FLOPs a token at length T as PaLM (app. B) counts them: 6N + 12 n_layer n_embd T, attention un-halved."""
+        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T

@@ -1,0 +1,337 @@
+"""
+Trains a language model from scratch, or goes on from a checkpoint at another length or with another position encoding.
+
+CPU, minutes:    python train.py --preset tiny --pe nope --data data/passkey --out out/nope
+one GPU:         python train.py --preset small --pe nope --data data/books --out out/small
+one node:        torchrun --standalone --nproc_per_node=8 train.py --preset tinyllama --data data/corpus --out out/tinyllama
+two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset tinyllama ...
+after a stop:    the same command with --resume (and with --resume always given: starts if there is nothing to resume)
+DroPE:           python train.py --init_from out/rope --pe nope --steps 300 --data data/passkey --out out/drope
+longer context:  python train.py --init_from out/rope --length 1024 --steps 200 --data data/passkey --out out/rope-1024
+
+Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON object a line. SIGTERM and Ctrl-C save and
+exit (143, 130). The batch of a step depends on (seed, step) only, so any number of processes trains on the same data.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from data import io
+from model import ENCODINGS, GPT, PRESETS, GPTConfig
+
+# what each preset trains with unless a flag says otherwise
+RECIPES = dict(
+    # chosen by trying on the passkey corpus, see results/README.md
+    tiny=dict(steps=2000, batch_tokens=4096, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
+    # GPT-2 small's usual lr; one GPU
+    small=dict(steps=8000, batch_tokens=131072, micro_batch=32, optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
+    # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
+    tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, micro_batch=16, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
+)
+
+
+def get_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    yes_no = argparse.BooleanOptionalAction
+    # files
+    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json')
+    p.add_argument('--out', required=True, help='folder of this run')
+    p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
+    p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
+    # model: a preset, and fields of GPTConfig that differ from it
+    p.add_argument('--preset', choices=PRESETS, default='tiny', help='shape and recipe (default tiny)')
+    p.add_argument('--pe', choices=ENCODINGS, help='position encoding (default nope)')
+    p.add_argument('--qk_norm', action=yes_no, help='normalise q and k in each head')
+    for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
+        p.add_argument(f'--{name}', type=int, help='default: the preset\'s')
+    # batch
+    p.add_argument('--length', type=int, help='tokens a row (default block_size); another length for fine-tuning')
+    p.add_argument('--batch_tokens', type=int, help='tokens a step, over all processes')
+    p.add_argument('--micro_batch', type=int, help='rows in one forward pass of one process; the rest is accumulation')
+    # optimisation; TinyLlama's values unless the recipe says otherwise
+    p.add_argument('--steps', type=int, help='updates')
+    p.add_argument('--decay_steps', type=int, help='updates until the cosine ends (default: steps)')
+    p.add_argument('--warmup', type=int, help='updates of linear warm-up')
+    p.add_argument('--optimizer', choices=('adamw', 'muon'), help='muon: torch.optim.Muon for the matrices of the blocks, AdamW for the rest')
+    p.add_argument('--lr', type=float, help='AdamW learning rate; the cosine ends at a tenth of it')
+    p.add_argument('--muon_lr', type=float, help='Muon learning rate, matched to AdamW\'s update size')
+    p.add_argument('--weight_decay', type=float, default=0.1, help='on matrices, not on vectors (TinyLlama 0.1)')
+    p.add_argument('--grad_clip', type=float, default=1.0, help='largest gradient norm (TinyLlama 1.0)')
+    # evaluation and logging
+    p.add_argument('--eval_every', type=int, default=250, help='updates between validation losses and saves')
+    p.add_argument('--eval_tokens', type=int, default=2**16, help='validation tokens, the same every time')
+    p.add_argument('--log_every', type=int, default=10)
+    # machine
+    p.add_argument('--seed', type=int, default=1337)
+    p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
+    p.add_argument('--compile', action=yes_no, help='torch.compile (default: on GPU only)')
+    args = p.parse_args()
+
+    given = {k for k, v in vars(args).items() if v is not None}
+    for name, value in RECIPES[args.preset].items():
+        if name not in given:
+            setattr(args, name, value)
+    if args.decay_steps is None:
+        args.decay_steps = args.steps
+    for name in ('steps', 'decay_steps', 'batch_tokens', 'micro_batch', 'eval_every', 'eval_tokens', 'log_every'):
+        if getattr(args, name) < 1:
+            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    for name in ('lr', 'muon_lr', 'grad_clip'):
+        if not 0 < getattr(args, name) < math.inf:
+            io.fail(f'--{name} {getattr(args, name)} must be a positive number')
+    if not 0 <= args.weight_decay < math.inf:
+        io.fail(f'--weight_decay {args.weight_decay} must not be negative')
+    if args.seed < 0:
+        io.fail(f'--seed {args.seed} must not be negative')
+    if args.warmup < 0 or args.warmup > args.steps:
+        if 'warmup' in given:
+            io.fail(f'--warmup {args.warmup} must lie between 0 and --steps {args.steps}')
+        args.warmup = args.steps // 10
+    return args
+
+
+def make_optimizers(model, args, device):
+    """AdamW (beta 0.9, 0.95), decay on matrices only; with --optimizer muon the matrices of the blocks go to Muon."""
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    muon = [p for n, p in params if args.optimizer == 'muon' and p.dim() == 2 and n.startswith('blocks.')]
+    rest = [p for _, p in params if not any(p is m for m in muon)]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=args.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    opts = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        opts.append(torch.optim.Muon(muon, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn='match_rms_adamw'))
+    return opts
+
+
+def lr_factor(step, args):
+    """Linear warm-up, then a cosine from 1 to 0.1 that ends at decay_steps."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    t = min(1.0, (step - args.warmup) / max(1, args.decay_steps - args.warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * t))
+
+
+@torch.no_grad()
+def validate(model, data, args, env):
+    """Mean loss in nats over fixed, evenly spaced windows, shared out to all ranks."""
+    T = args.length
+    n = max(1, min(args.eval_tokens // T, (len(data) - 1) // T))
+    starts = [i * (len(data) - 1 - T) // max(1, n - 1) for i in range(n)][env.rank::env.world]
+    total = torch.zeros(2, dtype=torch.float64, device=env.device)
+    for i in range(0, len(starts), args.micro_batch):
+        x = torch.stack([torch.from_numpy(data[s:s + T + 1].astype('int64')) for s in starts[i:i + args.micro_batch]]).to(env.device)
+        with env.autocast():
+            loss = model(x[:, :-1], x[:, 1:])[1]
+        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64, device=env.device)
+    if env.world > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the GPU by its data sheet, or None: MFU is then not reported."""
+    name = torch.cuda.get_device_name() if 'cuda' in device else ''
+    known = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, 'B200': 2250e12}
+    return next((f for k, f in known.items() if k in name), None)
+
+
+def main():
+    args = get_args()
+    env = io.setup(args)
+    print0 = env.print
+    data, meta = io.open_data(args.data, 'train')
+    val, _ = io.open_data(args.data, 'val')
+
+    # model: from scratch, from the weights of another run, or where this run stopped
+    fields = {k: v for k, v in vars(args).items() if k in GPTConfig.__dataclass_fields__ and v is not None}
+    ckpt = None
+    if io.find_checkpoint(args.out):
+        if not args.resume:
+            io.fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
+        ckpt = io.load_checkpoint(args.out)
+        model = io.load_model(ckpt)
+        differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
+        # steps may grow, the world and the machine may change; what decides the numbers may not
+        differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"].get(k)})' for k in ('preset', 'seed', 'batch_tokens', 'optimizer', 'lr', 'muon_lr',
+                    'weight_decay', 'grad_clip', 'warmup', 'init_from') if ckpt['args'].get(k) != getattr(args, k)]
+        if ckpt['fingerprint'] != meta['train']['sha256']:
+            differs.append(f'--data {args.data} (other tokens than before)')
+        if differs:
+            io.fail(f'cannot resume {args.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
+        print0(f'resuming {args.out} at step {ckpt["step"]:,}')
+    elif args.init_from:
+        if 'block_size' in fields:
+            io.fail('--block_size is the length that the checkpoint was pre-trained at and stays: give --length')
+        model = io.load_model(io.load_checkpoint(args.init_from), **fields)
+        print0(f'starting from the weights of {args.init_from}' + (f' with {fields}' if fields else ''))
+    else:
+        try:
+            model = GPT(GPTConfig(**{**PRESETS[args.preset], 'vocab_size': meta['vocab_size'], **fields}))
+        except ValueError as e:
+            io.fail(str(e))
+        print0(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
+    config = model.config
+    args.length = args.length or (ckpt['args']['length'] if ckpt else config.block_size)
+    if ckpt and args.length != ckpt['args']['length']:
+        io.fail(f'cannot resume {args.out} with --length {args.length} (was {ckpt["args"]["length"]})')
+    io.check_fits(config, meta, args.data, [args.length])
+    for name, tokens in (('train', data), ('val', val)):
+        if len(tokens) < args.length + 1:
+            io.fail(f'{args.data}/{name}.bin has {len(tokens):,} tokens, a row takes {args.length + 1:,}: prepare more text, or lower --length')
+
+    # the batch: tokens a step -> rows -> ranks x accumulation x micro-batch
+    rows, left = divmod(args.batch_tokens, args.length)
+    args.micro_batch = min(args.micro_batch, max(1, rows // env.world))
+    accum, left2 = divmod(rows, env.world * args.micro_batch)
+    if left or left2 or not accum:
+        io.fail(f'--batch_tokens {args.batch_tokens} must be a multiple of length {args.length} x {env.world} processes x --micro_batch {args.micro_batch}')
+    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens')
+
+    io.preflight(args.out, 3 * 12 * sum(p.numel() for p in model.parameters()))
+    held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
+    raw = model.to(env.device)                       # saving and evaluation go through the bare module
+    opts = make_optimizers(raw, args, env.device)
+    step = tokens_seen = 0
+    if ckpt:
+        for opt, state in zip(opts, ckpt['optimizer']):
+            opt.load_state_dict(state)
+        step, tokens_seen = ckpt['step'], ckpt['tokens']
+    base_lr = [args.lr, args.muon_lr]
+    use_compile = 'cuda' in env.device if args.compile is None else args.compile
+    if use_compile and 'cpu' in env.device and not shutil.which(os.environ.get('CXX', 'g++')):
+        io.fail('--compile on CPU needs a C++ compiler (g++): install one, or leave the flag out')
+    model = torch.compile(raw, dynamic=False) if use_compile else raw
+    if env.world > 1:
+        model = DDP(model, device_ids=[env.device] if 'cuda' in env.device else None, broadcast_buffers=False)
+    flops, peak = raw.flops_per_token(args.length), peak_flops(env.device)
+    print0(f'{config.pe}, {sum(p.numel() for p in raw.parameters()):,} parameters, training length {config.block_size}; {args.optimizer}, '
+           f'compile {"on" if use_compile else "off"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
+           + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
+
+    # the log: after a kill it may run ahead of the checkpoint
+    log_file = f'{args.out}/log.jsonl'
+    if env.master:
+        kept = []
+        if ckpt and os.path.exists(log_file):
+            for line in open(log_file):
+                try:
+                    row = json.loads(line)
+                except ValueError:                   # a line cut by a kill
+                    continue
+                if row['step'] < step or (row['step'] == step and 'val_loss' not in row):
+                    kept.append(line)
+        with open(f'{log_file}.tmp', 'w') as f:
+            f.writelines(kept)
+        os.replace(f'{log_file}.tmp', log_file)
+
+    def log(row, line):
+        if env.master:
+            with open(log_file, 'a') as f:
+                f.write(json.dumps(row) + '\n')
+            print(line, flush=True)
+
+    def save():
+        if env.master:
+            io.save_checkpoint(f'{args.out}/ckpt.pt', dict(
+                model={k: v.cpu() for k, v in raw.state_dict().items()}, config=asdict(config), optimizer=[o.state_dict() for o in opts],
+                step=step, tokens=tokens_seen, seed=args.seed, args=vars(args), fingerprint=meta['train']['sha256'],
+                tokenizer=meta['tokenizer'], extended=None))
+        if env.world > 1:
+            dist.barrier()
+
+    stop = 0                                         # the signal that asked us to stop
+
+    def on_signal(number, _):
+        nonlocal stop
+        stop = number
+        signal.signal(number, signal.SIG_DFL)        # a second one is not caught
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, on_signal)
+
+    def next_batch(step):
+        x, y = io.get_batch(data, rows, args.length, args.seed, step, env.rank, env.world)
+        if 'cuda' in env.device:
+            x, y = (t.contiguous().pin_memory().to(env.device, non_blocking=True) for t in (x, y))
+        return x.split(args.micro_batch), y.split(args.micro_batch)
+
+    x, y = next_batch(step)
+    started, clock, clock_step = time.time(), time.time(), step
+    saved = step if ckpt else -1
+    while True:
+        # save first, then evaluate: a failing evaluation must not cost the run
+        if (step % args.eval_every == 0 or step == args.steps) and step != saved:
+            save()
+            saved = step
+        if step % args.eval_every == 0 or step == args.steps:
+            val_loss = validate(raw, val, args, env)
+            log(dict(step=step, tokens=tokens_seen, val_loss=val_loss), f'step {step:,}/{args.steps:,} | val loss {val_loss:.4f}')
+            clock, clock_step = time.time(), step
+        if step >= args.steps:
+            break
+
+        factor = lr_factor(step, args)
+        for opt, base in zip(opts, base_lr):
+            for group in opt.param_groups:
+                group['lr'] = base * factor
+        loss_sum = torch.zeros((), device=env.device)
+        for micro in range(accum):
+            if env.world > 1:                        # gradients meet once a step
+                model.require_backward_grad_sync = micro == accum - 1
+            with env.autocast():
+                loss = model(x[micro], y[micro])[1] / accum
+            loss.backward()
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in raw.parameters() if p.requires_grad], args.grad_clip)
+        x, y = next_batch(step + 1)                  # while the GPU works
+        # what every rank must know before the update: each one's loss, gradient norm and wish to stop
+        status = torch.stack((loss_sum, norm, torch.tensor(float(stop), device=env.device)))
+        ranks = [torch.empty_like(status) for _ in range(env.world)] if env.world > 1 else [status]
+        if env.world > 1:
+            dist.all_gather(ranks, status)
+        ranks = torch.stack(ranks).cpu()             # (world, 3)
+        if not ranks[:, :2].isfinite().all():
+            bad = [r for r in range(env.world) if not ranks[r, 0].isfinite()]
+            print0(f'error: step {step + 1}: {"loss" if bad else "gradient"} is not finite' + (f' on rank {bad[0]}' if bad else '')
+                   + f' (batch of seed {args.seed}, step {step}); no weight was changed, the last good checkpoint is {args.out}/ckpt.pt'
+                   f' at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
+            io.finish()
+            sys.exit(1)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        step, tokens_seen = step + 1, tokens_seen + args.batch_tokens
+
+        if step % args.log_every == 0 or step == args.steps:
+            loss_mean, now = ranks[:, 0].mean().item(), time.time()
+            speed = (step - clock_step) * args.batch_tokens / (now - clock)
+            mfu = speed * flops / (peak * env.world) if peak else None
+            mem = (torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+            left = (args.steps - step) * args.batch_tokens / speed
+            log(dict(step=step, tokens=tokens_seen, loss=loss_mean, lr=args.lr * factor, grad_norm=norm.item(), tok_s=speed, mfu=mfu, mem_gb=mem),
+                f'step {step:,}/{args.steps:,} | loss {loss_mean:.4f} | lr {args.lr * factor:.2e} | norm {norm.item():.2f} | {speed:,.0f} tok/s'
+                + (f' | mfu {mfu:.1%}' if mfu else '') + f' | {mem:.2f} GB | {left / 60:.1f} min left')
+            clock, clock_step = now, step
+        if ranks[:, 2].any():
+            stop = int(ranks[:, 2].max())
+            save()
+            print0(f'{signal.Signals(stop).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
+            io.finish()
+            sys.exit(128 + stop)
+    print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/ckpt.pt')
+    io.finish()
+
+
+if __name__ == '__main__':
+    main()
