@@ -314,3 +314,30 @@ def lock(out):
     except BlockingIOError:
         fail(f'another run is writing to {out}: wait for it, or choose another --out')
     return f
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lengths and file names of the evaluations
+
+def int_list(text):
+    """'256,512' -> [256, 512]; argparse turns the ValueError into its usage line."""
+    return [int(x) for x in text.split(',')]
+
+
+def float_list(text):
+    return [float(x) for x in text.split(',')]
+
+
+def init(text):
+    """'best' or a number: where head tuning starts."""
+    return text if text == 'best' else float(text)
+
+
+def default_lengths(config):
+    """1/2 1 1.5 2 3 4 6 8 times the training length, as far as the encoding is defined."""
+    return [n for n in (int(config.block_size * s) for s in (0.5, 1, 1.5, 2, 3, 4, 6, 8)) if config.pe != 'learned' or n <= config.block_size]
+
+
+def stem(path):
+    """The name that results of a checkpoint go under: out/nope -> ckpt, out/nope/head-1024.pt -> head-1024."""
+    return os.path.basename(find_checkpoint(path)).removesuffix('.pt').removesuffix('.prev')

@@ -27,7 +27,7 @@ NAMES = 'Tom Anna Ben Lucy Sam Mia Max Eva'.split()
 PLACES = 'garden kitchen forest river school market tower bridge'.split()
 THINGS = 'ball book hat lamp ring drum kite cup'.split()
 COLOURS = 'red white black brown grey pink'.split()
-FACTS = (' {name} lives near the {place}.', ' {name} has the {thing}.', ' The {thing} is {colour}.')
+FACTS = (' {name} lives near the {place}.', ' {name} has the {thing}.', ' The {thing} looks {colour}.')
 
 WORD = re.compile(r' ?[A-Za-z]+| ?[0-9]|[.?\n]')
 
@@ -46,14 +46,14 @@ def get_encoding():
 
 
 def passkey_document(rng, n, encode):
-    """At least n ids: the task, garbage with the key told once in the first half, then the question every 40 tokens or so."""
+    """At least n ids: the task, garbage, the key told once, and from then on the question: often in some documents, rarely in others."""
     key = rng.integers(10000, 100000)
     info, asked = encode(INFO.format(key=key)), encode(QUESTION + ANSWER.format(key=key) + '.')
     garbage = [encode(g) for g in GARBAGE]
-    ids, told = list(encode(TASK)), False
+    ids, told, gap = list(encode(TASK)), False, np.exp(rng.uniform(np.log(2), np.log(50)))     # sentences between questions, on average
     at = len(ids) + rng.integers(0, max(1, min(n, 512) // 2 - len(ids)))
     while len(ids) < n:
-        for i in rng.integers(0, len(garbage), size=rng.integers(2, 9)):
+        for i in rng.integers(0, len(garbage), size=1 + rng.poisson(gap) if told else 1):
             ids += garbage[i]
         if told:
             ids += asked

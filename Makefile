@@ -1,0 +1,34 @@
+# make reproduce [SCALE=toy|tiny]   the headline, from nothing: data, training, extension, evaluation, one table
+# make table                        three seeds with the ablations; skips what results/tiny.csv already has
+# make test                         the test suite
+# make figure                       results/tiny.png from results/tiny.csv (installs matplotlib)
+#
+# Each makes .venv by itself. PYTHON=python3 uses an interpreter that has the packages already;
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" installs the small CPU build on Linux.
+
+SCALE ?= tiny
+TORCH ?= torch==2.13.0
+PYTHON ?= .venv/bin/python
+.PHONY: reproduce table test figure
+
+ifeq ($(PYTHON),.venv/bin/python)
+VENV = .venv/installed
+.venv/installed: Makefile
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	.venv/bin/python -m pip install -q --disable-pip-version-check numpy tiktoken tqdm pytest
+	touch $@
+endif
+
+reproduce: $(VENV)
+	$(PYTHON) -m results.reproduce --scale $(SCALE)
+
+table: $(VENV)
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --ablations
+
+figure: $(VENV)
+	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --plot results/tiny.png
+
+test: $(VENV)
+	$(PYTHON) -m pytest -q tests

@@ -1,0 +1,89 @@
+"""
+Local text files as training or evaluation data, with any named tokenizer. One file is one document.
+
+    python -m data.text.prepare books --out data/books --tokenizer gpt2                  # one document in 20 for validation
+    python -m data.text.prepare books --val_files books/heldout --out data/books         # these for validation, all others for training
+    python -m data.text.prepare proofs --val 1 --out data/proofs --tokenizer gpt2        # evaluation only: train.bin is empty
+
+A folder gives every file in it and in its subfolders, except where a name begins with a dot or a subfolder is a link.
+Text is taken as it is, so it must be UTF-8; empty files are skipped. Memory holds one document at a time.
+"""
+import argparse
+import hashlib
+import os
+
+import numpy as np
+from tqdm import tqdm
+
+from data.io import fail, get_tokenizer, preflight, write_data
+
+
+def find(paths):
+    """Files and folders -> {real path: name}, sorted within each folder; the name starts with the folder that was given."""
+    found = {}                                       # by real path: a file that is reached twice is one document
+    for path in paths:
+        files = [path] if os.path.isfile(path) else []
+        if os.path.isdir(path):
+            for folder, inside, names in os.walk(path, onerror=lambda e: fail(f'{e.filename} cannot be read ({e.strerror})')):
+                inside[:] = [d for d in inside if not d.startswith('.')]
+                files += [os.path.join(folder, n) for n in names if not n.startswith('.')]
+        if not files:
+            fail(f'{path}: ' + ('this folder holds no files' if os.path.isdir(path) else 'no such file or folder'))
+        for f in sorted(files):
+            found.setdefault(os.path.realpath(f), os.path.relpath(f, os.path.dirname(os.path.abspath(path))))
+    return found
+
+
+def read(file):
+    """The text of a file as it is: no newline is translated, no byte replaced."""
+    try:
+        with open(file, 'rb') as f:
+            return f.read().decode()
+    except UnicodeDecodeError as e:
+        fail(f'{file} is not UTF-8 text (byte {e.start:,}): convert it, for example with iconv, or leave it out')
+    except OSError as e:
+        fail(f'{file} cannot be read ({e.strerror}): restore it, or leave it out')
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # files
+    p.add_argument('files', nargs='+', metavar='FILE_OR_FOLDER', help='the documents')
+    p.add_argument('--out', required=True, help='folder for train.bin, val.bin, meta.json')
+    p.add_argument('--tokenizer', default='bytes', help='bytes (default), gpt2, cl100k_base, ... or hf:DIR')
+    # split, always between documents
+    split = p.add_mutually_exclusive_group()
+    split.add_argument('--val', type=float, default=0.05, help='share of the documents for validation (default 0.05), at least one; 1: all')
+    split.add_argument('--val_files', nargs='+', metavar='FILE_OR_FOLDER', default=[], help='the documents for validation; all others are for training')
+    p.add_argument('--seed', type=int, default=0, help='which documents --val takes (default 0)')
+    args = p.parse_args()
+    if not 0 < args.val <= 1:
+        fail(f'--val {args.val} must be above 0, and at most 1')
+    tokenizer, size = get_tokenizer(args.tokenizer), {}
+    docs, val = find(args.files + args.val_files), set(find(args.val_files))
+    preflight(args.out, 0)
+    # each file is read once before anything is written: what is no text shows now, not after an hour
+    for f in tqdm(list(docs), desc='reading', unit='doc', disable=None):
+        size[f] = len(read(f).encode())
+        if not size[f]:
+            print(f'note: {docs.pop(f)!r} is empty, skipped')
+    if not args.val_files:
+        # the order is by a hash of each name: another file more or less hardly changes what the rest is for
+        order = sorted(docs, key=lambda f: hashlib.sha256(os.fsencode(f'{args.seed}/{docs[f]}')).digest())
+        val = set(order if args.val == 1 else order[:min(max(1, round(args.val * len(docs))), len(docs) - 1)])
+    splits = {'train': [f for f in docs if f not in val], 'val': [f for f in docs if f in val]}
+    if not splits['val'] or not splits['train'] and args.val < 1:
+        fail(f'no document is left for {"train" if splits["val"] else "val"} ({len(docs)} in all): give more files, or --val 1 for evaluation only')
+
+    def encode(split):
+        for f in tqdm(splits[split], desc=split, unit='doc', disable=None):
+            yield tokenizer.encode(read(f))
+    meta = write_data(args.out, tokenizer, {s: encode(s) for s in splits}, source={s: [docs[f] for f in splits[s]] for s in splits})
+    for s, files in splits.items():
+        n, longest = meta[s]['tokens'], np.diff(meta[s]['docs'] + [meta[s]['tokens']]).max(initial=0)
+        print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {longest:,} tokens, '
+              f'{sum(size[f] for f in files) / max(1, n - len(files)):.2f} bytes a token')
+
+
+if __name__ == '__main__':
+    main()

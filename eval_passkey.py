@@ -1,0 +1,171 @@
+"""
+Passkey retrieval over lengths x depths: a five-digit key hidden in garbage, asked for at the end (the landmark
+template, the grid and the exact-match rule of Wang et al. 2024).
+
+    python eval_passkey.py --ckpt out/nope                                       # 1/2 to 8 times the training length
+    python eval_passkey.py --ckpt out/nope/head-1024.pt --lengths 256,512,1024 --trials 20 --plot passkey.png
+    torchrun --standalone --nproc_per_node=8 eval_passkey.py --ckpt out/tinyllama --lengths 2048,4096,8192,16384
+
+Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
+greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
+tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
+Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial. Prompts depend on (seed, length,
+depth, trial) only. Nothing is compiled: each length would compile again.
+"""
+import argparse
+import csv
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import io
+from data.passkey.prepare import ANSWER, GARBAGE, INFO, QUESTION, TASK
+
+COLUMNS = ('length', 'depth', 'trial', 'position', 'accuracy', 'logprob')
+
+
+def make_prompt(tok, length, depth, n_depths, rng):
+    """
+    -> prompt ids, answer ids, the token position at which the key is told; len(prompt) + len(answer) == length.
+    The key stands at a sentence boundary drawn from the part [depth, depth + 1) / n_depths of the garbage; the first
+    sentence of the garbage is cut to make the length exact. ValueError if the length has no room for a sentence.
+    """
+    key = rng.integers(10000, 100000)
+    head = [tok.bos] * (tok.bos is not None) + tok.encode(TASK)
+    info, question, answer = (tok.encode(s.format(key=key)) for s in (INFO, QUESTION, ANSWER))
+    sentences = [tok.encode(s) for s in GARBAGE]
+    room = length - len(head) - len(info) - len(question) - len(answer)
+    if room < max(map(len, sentences)):
+        raise ValueError(f'length {length} is too short for a passkey prompt: at least {length - room + max(map(len, sentences))} tokens of this tokenizer')
+    filler = sum(sentences, []) * (room // sum(map(len, sentences)) + 1)
+    ends = np.cumsum([0] + [len(s) for s in sentences] * (room // sum(map(len, sentences)) + 1)) - (len(filler) - room)
+    filler, ends = filler[len(filler) - room:], ends[ends >= 0]          # whole sentences up to the end, the first one cut
+    want = (depth + rng.random()) / n_depths * room
+    at = int(ends[ends <= want].max(initial=0))
+    return head + filler[:at] + info + filler[at:] + question, answer, len(head) + at
+
+
+@torch.inference_mode()
+def score(model, prompts, answers, env, decode=False):
+    """
+    Prompts of one total length -> [(accuracy 0 or 1, log-probability of the answer in nats)]. Only the answer's rows
+    reach the LM head. With decode the accuracy is that of greedy decoding through the KV cache.
+    """
+    longest = max(map(len, answers))
+    x = torch.tensor([p + a[:-1] for p, a in zip(prompts, answers)], device=env.device)
+    with env.autocast():
+        logits = model(x, rows=slice(-longest, None))[0].float()         # (B, longest, V)
+    out = []
+    for row, p, a in zip(logits, prompts, answers):
+        row, a = row[-len(a):], torch.tensor(a, device=env.device)
+        hit = (row.argmax(-1) == a).all().item()
+        if decode:
+            with env.autocast():
+                hit = torch.equal(model.generate(torch.tensor([p], device=env.device), len(a), temperature=0)[0, len(p):], a)
+        out.append((int(hit), row.log_softmax(-1).gather(1, a[:, None]).sum().item()))
+    return out
+
+
+def heat_map(rows, block_size):
+    """Rows of the csv -> text: depths down, lengths across, a bar where the training length ends."""
+    lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
+    mean = lambda L, d=None: np.mean([r['accuracy'] for r in rows if r['length'] == L and d in (None, r['depth'])])
+    bar = lambda L: ' |' if L <= block_size and not any(L < M <= block_size for M in lengths) else '  '
+    line = lambda head, cell: f'{head:>7} ' + ''.join(f'{cell(L):>6}{bar(L)}' for L in lengths)
+    shade = lambda p: '.' if p == 0 else '░▒▓██'[int(p * 4)] * 4
+    return '\n'.join([line('length', str), line('', lambda L: f'{L / block_size:g}x')]
+                     + [line(f'{d:.0%}', lambda L: shade(mean(L, d))) for d in depths]
+                     + [line('mean', lambda L: f'{mean(L):.0%}')] + [f'        depth down; | = training length {block_size}'])
+
+
+def plot(rows, block_size, title, file):
+    try:
+        import matplotlib
+    except ImportError:
+        io.fail('--plot needs matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
+    grid = [[np.mean([r['accuracy'] for r in rows if (r['length'], r['depth']) == (L, d)]) for L in lengths] for d in depths]
+    fig, ax = plt.subplots(figsize=(1 + 0.7 * len(lengths), 4), layout='constrained')
+    ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
+    ax.axvline(sum(L <= block_size for L in lengths) - 0.5, color='black', linestyle='--')
+    ax.set(title=title, xlabel='length (tokens); dashed: training length', ylabel='depth of the key')
+    ax.set_xticks(range(len(lengths)), lengths)
+    ax.set_yticks(range(len(depths)), [f'{d:.0%}' for d in depths])
+    fig.savefig(file, dpi=150)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
+    p.add_argument('--out', help='folder of the csv (default: the checkpoint\'s)')
+    p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
+    p.add_argument('--depths', type=int, default=10, help='parts of the length in which the key is told (paper 10)')
+    p.add_argument('--trials', type=int, default=10, help='keys for each length and depth (paper 10)')
+    p.add_argument('--decode', action='store_true', help='decode the answers token by token through the KV cache')
+    p.add_argument('--plot', metavar='FILE.png', help='also draw the heat map')
+    p.add_argument('--batch_tokens', type=int, default=2**14, help='tokens in one forward pass')
+    p.add_argument('--seed', type=int, default=42, help='(paper 42)')
+    p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
+    args = p.parse_args()
+    for name in ('depths', 'trials', 'batch_tokens'):
+        if getattr(args, name) < 1:
+            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    if args.seed < 0:
+        io.fail(f'--seed {args.seed} must not be negative')
+
+    env = io.setup(args)
+    ckpt = io.load_checkpoint(args.ckpt)
+    model = io.load_model(ckpt).to(env.device).eval()
+    tok, L = io.get_tokenizer(ckpt['tokenizer']), model.config.block_size
+    io.check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])
+    try:
+        shortest = min(args.lengths) if args.lengths else L // 2
+        lengths = args.lengths or io.default_lengths(model.config)
+        make_prompt(tok, shortest, 0, 1, np.random.default_rng(0))
+    except ValueError as e:
+        if args.lengths:
+            io.fail(str(e))
+        lengths = [n for n in lengths if n >= L]      # half the training length may hold no prompt
+    out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
+    io.preflight(out, 0)
+    file = f'{out}/{io.stem(args.ckpt)}.passkey.csv'
+
+    rows = []
+    with tqdm(total=len(lengths) * args.depths * args.trials, unit='prompt', disable=not env.master, dynamic_ncols=True) as bar:
+        for length in lengths:
+            cells = [(d, t) for t in range(args.trials) for d in range(args.depths)]
+            mine, size = cells[env.rank::env.world], max(1, args.batch_tokens // length)
+            part = []
+            for i in range(0, len(mine), size):
+                made = [make_prompt(tok, length, d, args.depths, np.random.default_rng((args.seed, length, d, t))) for d, t in mine[i:i + size]]
+                scores = score(model, [m[0] for m in made], [m[1] for m in made], env, args.decode)
+                part += [dict(zip(COLUMNS, (length, d / args.depths, t, m[2], *s))) for (d, t), m, s in zip(mine[i:i + size], made, scores)]
+                bar.update(len(made) * env.world)
+                bar.set_postfix_str(f'length {length}, accuracy {np.mean([r["accuracy"] for r in part]):.0%}')
+            parts = [part]
+            if env.world > 1:
+                parts = [None] * env.world
+                dist.all_gather_object(parts, part)
+            rows += sorted((r for part in parts for r in part), key=lambda r: (r['depth'], r['trial']))
+            if env.master:                           # every finished length is safe
+                with open(f'{file}.tmp', 'w', newline='') as f:
+                    w = csv.DictWriter(f, COLUMNS)
+                    w.writeheader()
+                    w.writerows(rows)
+                os.replace(f'{file}.tmp', file)
+    env.print(f'\npasskey accuracy of {args.ckpt}, {args.trials} prompts a cell, seed {args.seed}' + (', decoded' if args.decode else ''))
+    env.print(heat_map(rows, L))
+    env.print(file)
+    if args.plot and env.master:
+        plot(rows, L, f'passkey: {args.ckpt}', args.plot)
+    io.finish()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,377 @@
+"""
+Extends a trained checkpoint past its training length by sharpening its attention, and measures what that does.
+
+    python extend.py --ckpt out/nope --data data/passkey --method none                     # evaluate only
+    python extend.py --ckpt out/nope --data data/passkey --method uniform --length 1024    # one temperature for all heads
+    python extend.py --ckpt out/nope --data data/passkey --method head --length 1024       # one for each (layer, head)
+    torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/tinyllama --data data/corpus --method head --length 8192 --lr 0.1
+the paper's perplexity protocol: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152
+
+uniform  a grid over lambda: the one with the lowest loss at --length on train.bin (Wang et al. 2024, sec. 3)
+yarn     for RoPE: slower frequencies and the temperature that goes with them, untuned (Peng et al. 2024, the comparison)
+head     lambda_h for each head tuned by gradient at --length with every weight frozen (sec. 4, eq. 4 to 6, app. A):
+         from the best uniform one, 200 steps of AdamW, never below 1 (the focus constraint)
+Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and for it
+  .ppl.csv      perplexity by length, over the same tokens of val.bin at every length: those past the longest one. Each
+                window has exactly the length named and scores its last `stride` tokens, so that a scored token sees
+                length - stride to length - 1 tokens before it
+  .entropy.csv  mean attention entropy in nats (eq. 2) of each head in 32 bands of positions, at the longest length
+"""
+import argparse
+import csv
+import math
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import io
+
+
+def heads(model):
+    """The temperatures of all heads, (n_layer, n_head)."""
+    return torch.stack([b.attn.scale.detach() for b in model.blocks]).cpu()
+
+
+def set_heads(model, value):
+    """value: a number, or a tensor (n_layer, n_head)."""
+    for b, v in zip(model.blocks, torch.as_tensor(value, dtype=torch.float32).expand(len(model.blocks), model.config.n_head)):
+        b.attn.scale.data.copy_(v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def windows(docs, longest, stride, tokens):
+    """
+    Where to score: [(document, end)], at least `tokens` / stride of them where there are as many, shared out evenly over
+    the documents that are long enough and evenly spaced in each. The tokens [end - stride, end) all lie past `longest`.
+    """
+    room = [(d, (len(d) - longest) // stride) for d in docs]
+    room = [(d, n) for d, n in room if n > 0]
+    if not room:
+        io.fail(f'no document of val.bin has {longest + stride:,} tokens (the longest has {max(map(len, docs)):,}): lower --lengths or --stride')
+    room, out = sorted(room, key=lambda r: r[1]), []     # short documents first: what they lack, the others give
+    for i, (d, n) in enumerate(room):
+        take = min(n, math.ceil((tokens / stride - len(out)) / (len(room) - i)))
+        out += [(d, longest + stride * (1 + k * n // take)) for k in range(take)]
+    return out
+
+
+@torch.inference_mode()
+def perplexity(model, docs, lengths, stride, tokens, env, batch_tokens):
+    """-> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over scored tokens, in nats."""
+    ends, rows = windows(docs, max(lengths), stride, tokens), []
+    n_docs = len({id(d) for d, _ in ends})
+    with tqdm(total=sum(lengths) * len(ends), unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False, dynamic_ncols=True) as bar:
+        for length in lengths:
+            mine, total = ends[env.rank::env.world], torch.zeros(1, dtype=torch.float64)
+            size = max(1, batch_tokens // length)
+            for i in range(0, len(mine), size):
+                w = torch.stack([torch.from_numpy(d[e - length:e].astype('int64')) for d, e in mine[i:i + size]]).to(env.device)
+                with env.autocast():
+                    loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
+                total += loss.item() * len(w) * stride
+                bar.update(len(w) * length * env.world)
+            if env.world > 1:
+                total = total.to(env.device)
+                dist.all_reduce(total)
+            nll = total.item() / (len(ends) * stride)
+            rows.append(dict(length=length, stride=stride, docs=n_docs, tokens=len(ends) * stride, nll=nll, ppl=math.exp(nll)))
+    return rows
+
+
+def attention_entropy(q, k, block=256):
+    """
+    q (B, nh, T, hs), k (B, nkv, T, hs) -> (nh, T): the entropy of each query's causal attention in nats, mean over B
+    (Wang et al. 2024, eq. 2). Exact, and `block` rows of the T x T scores at a time.
+    """
+    B, nh, T, hs = q.shape
+    k = k.repeat_interleave(nh // k.size(1), dim=1).float()
+    out = []
+    for i in range(0, T, block):
+        s = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)      # (B, nh, block, <= i + block)
+        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(i + 1)
+        s = s.masked_fill(future, -math.inf).log_softmax(-1)
+        out.append(-(s.exp() * s.masked_fill(future, 0)).sum(-1).mean(0))
+    return torch.cat(out, dim=-1)
+
+
+@torch.inference_mode()
+def entropies(model, docs, T, env, samples=4):
+    """-> (n_layer, n_head, T), mean over the first T tokens of up to `samples` documents, shared out over ranks."""
+    found = []
+    hooks = [b.attn.register_forward_pre_hook(lambda m, x: found.append(attention_entropy(*m.qkv(*x[:3])[:2]))) for b in model.blocks]
+    docs, total = [d for d in docs if len(d) >= T][:samples], 0
+    for d in docs[env.rank::env.world]:
+        found.clear()
+        with env.autocast():
+            model(torch.from_numpy(d[:T].astype('int64'))[None].to(env.device), rows=slice(-1, None))
+        total = total + torch.stack(found)
+    for h in hooks:
+        h.remove()
+    if env.world > 1:
+        total = torch.zeros(model.config.n_layer, model.config.n_head, T, device=env.device) + total
+        dist.all_reduce(total)
+    return total.cpu() / len(docs)
+
+
+def evaluate(model, docs, lengths, args, env):
+    """Perplexity by length, and entropy in 32 bands of positions: rows {layer, head, position (the band's last), entropy}."""
+    ppl = perplexity(model, docs, lengths, args.stride, args.eval_tokens, env, args.batch_tokens)
+    ent = entropies(model, docs, max(lengths), env)
+    T = ent.size(-1)
+    edges = [T * i // 32 for i in range(33)]
+    rows = [dict(layer=l, head=h, position=b, entropy=ent[l, h, a:b].mean().item())
+            for l in range(ent.size(0)) for h in range(ent.size(1)) for a, b in zip(edges, edges[1:])]
+    return ppl, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# extending
+
+@torch.no_grad()
+def uniform(model, data, args, env):
+    """Tries every lambda of args.grid on the same batches at args.length -> (best lambda, [(lambda, loss)])."""
+    curve = []
+    for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
+        set_heads(model, lam)
+        total = torch.zeros((), dtype=torch.float64, device=env.device)
+        for i in range(args.grid_batches):           # a seed of its own: not the batches that head tuning sees
+            for x, y in batch(data, args, env, (args.seed, 1), i):
+                with env.autocast():
+                    total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
+        if env.world > 1:
+            dist.all_reduce(total)
+        curve.append((lam, total.item()))
+    best = min(curve, key=lambda c: c[1])[0]
+    set_heads(model, best)
+    width = 40 / max(1e-9, max(c[1] for c in curve) - min(c[1] for c in curve))
+    env.print(f'uniform lambda at length {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
+    for lam, loss in curve:
+        env.print(f'  {lam:5.2f}  {loss:.4f}  ' + '#' * int((loss - min(c[1] for c in curve)) * width) + ('  <- best' if lam == best else ''))
+    return best, curve
+
+
+def yarn(c, length):
+    """
+    YaRN (Peng et al. 2024, sec. 3.2 and 3.4, with the ramp over dimensions of its code) for length / block_size = s:
+    -> (hs/2 inverse frequencies, temperature (0.1 ln s + 1)^2 on the scores).
+    """
+    d, s = c.n_embd // c.n_head, length / c.block_size
+    dim = lambda turns: d * math.log(c.block_size / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
+    low, high = max(0, math.floor(dim(32))), min(d - 1, math.ceil(dim(1)))
+    freq = [c.rope_theta ** (-2 * i / d) for i in range(d // 2)]
+    slow = [min(1.0, max(0.0, (i - low) / max(1e-3, high - low))) for i in range(d // 2)]      # 0: keep, 1: divide by s
+    return [f * (1 - r) + f / s * r for f, r in zip(freq, slow)], (0.1 * math.log(s) + 1) ** 2
+
+
+def batch(data, args, env, seed, step):
+    """This rank's micro-batches of one global batch of args.batch rows."""
+    x, y = io.get_batch(data, args.batch, args.length, seed, step, env.rank, env.world)
+    return [(a.to(env.device), b.to(env.device)) for a, b in zip(x.split(args.micro_batch), y.split(args.micro_batch))]
+
+
+def tune(model, data, args, env):
+    """
+    The paper's head-based tuning of the temperatures that `model` has now: everything else frozen, language-model loss
+    at args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth of the steps, a cosine
+    to a tenth. With args.focus no lambda goes below 1 (eq. 6). Returns the losses.
+    """
+    model.requires_grad_(False)
+    params = [b.attn.scale.requires_grad_() for b in model.blocks]
+    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    net = torch.compile(model, dynamic=False) if (args.compile if args.compile is not None else 'cuda' in env.device) else model
+    losses, warmup = [], max(1, args.steps // 10)
+    bar = tqdm(range(args.steps), desc=f'head at {args.length}', disable=not env.master, dynamic_ncols=True)
+    for step in bar:
+        t = (step - warmup) / max(1, args.steps - warmup)
+        opt.param_groups[0]['lr'] = args.lr * ((step + 1) / warmup if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * t)))
+        total = torch.zeros((), device=env.device)
+        for x, y in batch(data, args, env, args.seed, step):
+            with env.autocast():
+                loss = net(x, y)[1] * len(x) / args.batch
+            loss.backward()
+            total += loss.detach()
+        flat = torch.cat([total[None]] + [p.grad for p in params])       # a few numbers: no need of DDP
+        if env.world > 1:
+            dist.all_reduce(flat)
+        if not flat.isfinite().all():
+            io.fail(f'step {step + 1}: the loss or a gradient is not finite; nothing was written. Lower --lr, or look at the batch of seed {args.seed}, step {step}')
+        for p, g in zip(params, flat[1:].split([p.numel() for p in params])):
+            p.grad.copy_(g)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        opt.zero_grad()
+        if args.focus:
+            for p in params:
+                p.data.clamp_(min=1.0)
+        losses.append(flat[0].item())
+        lam = torch.cat([p.data for p in params])
+        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min().item():.2f} to {lam.max().item():.2f}')
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
+def write_csv(file, rows):
+    with open(f'{file}.tmp', 'w', newline='') as f:
+        w = csv.DictWriter(f, rows[0])
+        w.writeheader()
+        w.writerows(rows)
+    os.replace(f'{file}.tmp', file)
+
+
+def show(results, lengths, block_size, env):
+    """results: {name: (ppl rows, entropy rows)} -> a table of perplexity by length and one of entropy by position."""
+    names, rows = list(results), [r for r, _ in results.values()]
+    r = rows[0][0]
+    env.print(f'\nperplexity: windows of the length named, stride {r["stride"]}, the same {r["tokens"]:,} tokens of {r["docs"]} documents at every length')
+    env.print('  length          ' + ''.join(f'{n:>18}' for n in names))
+    for i, n in enumerate(lengths):
+        env.print(f'{n:>8} {n / block_size:>5g}x   ' + ''.join(f'{x[i]["ppl"]:>18.3f}' for x in rows))
+    env.print('\nattention entropy in nats, mean over heads (least to most diffuse head)')
+    env.print(' to position      ' + ''.join(f'{n:>22}' for n in names) + '      uniform attention')
+    for pos in sorted({e['position'] for e in results[names[0]][1]})[3::4]:
+        cells = []
+        for _, ent in results.values():
+            v = [e['entropy'] for e in ent if e['position'] == pos]
+            cells.append(f'{sum(v) / len(v):.2f} ({min(v):.2f} to {max(v):.2f})')
+        env.print(f'{pos:>8} {pos / block_size:>5g}x   ' + ''.join(f'{c:>22}' for c in cells) + f'{math.log(pos):>23.2f}')
+
+
+def plot(results, lam, block_size, file):
+    try:
+        import matplotlib
+    except ImportError:
+        io.fail('--plot needs matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4), layout='constrained')
+    for name, (ppl, ent) in results.items():
+        a.plot([r['length'] for r in ppl], [r['ppl'] for r in ppl], marker='o', label=name)
+        by_pos = {}
+        for e in ent:
+            by_pos.setdefault(e['position'], []).append(e['entropy'])
+        b.plot(by_pos, [sum(v) / len(v) for v in by_pos.values()], label=name)
+    for ax, y in ((a, 'perplexity'), (b, 'attention entropy (nats)')):
+        ax.axvline(block_size, color='black', linestyle='--', linewidth=1)
+        ax.set(xlabel='length' if ax is a else 'position', ylabel=y, xscale='log')
+        ax.legend()
+    a.set_yscale('log')
+    fig.colorbar(c.imshow(lam, cmap='viridis', aspect='auto'), ax=c)
+    c.set(xlabel='head', ylabel='layer', title='temperature of each head')
+    fig.savefig(file, dpi=150)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
+    p.add_argument('--data', required=True, help='folder with train.bin (the extension corpus), val.bin (measured), meta.json')
+    p.add_argument('--method', required=True, choices=('none', 'uniform', 'head', 'yarn'))
+    p.add_argument('--length', type=int, help='tokens a row while extending, L\' in the paper (default 4 times the training length)')
+    p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
+    # uniform
+    p.add_argument('--grid', type=io.float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size)')
+    p.add_argument('--grid_batches', type=int, default=4, help='batches that each lambda is tried on')
+    # head; the paper's values (app. A)
+    p.add_argument('--init', type=io.init, default='best', help='best: the best uniform lambda, found first; or a number')
+    p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every lambda at 1 or above (eq. 6)')
+    p.add_argument('--lr', type=float, default=0.05, help='0.05 or 0.1 in the paper')
+    p.add_argument('--steps', type=int, default=200)
+    p.add_argument('--batch', type=int, default=8, help='rows a step, over all processes')
+    p.add_argument('--micro_batch', type=int, help='rows in one forward pass (default: this process\'s share of --batch)')
+    # measuring
+    p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
+    p.add_argument('--stride', type=int, help='tokens that each window scores (default: half the shortest length; paper 256)')
+    p.add_argument('--eval_tokens', type=int, default=2**14, help='tokens scored at each length; 0 measures nothing (paper 2097152)')
+    p.add_argument('--batch_tokens', type=int, default=2**14, help='tokens in one forward pass of the measurement')
+    p.add_argument('--plot', metavar='FILE.png', help='draw perplexity, entropy and the temperatures')
+    # machine
+    p.add_argument('--seed', type=int, default=314, help='(paper 314)')
+    p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
+    p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
+    args = p.parse_args()
+    for name in ('grid_batches', 'steps', 'batch', 'batch_tokens'):
+        if getattr(args, name) < 1:
+            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    if not 0 < args.lr < math.inf:
+        io.fail(f'--lr {args.lr} must be a positive number')
+    if args.seed < 0 or args.eval_tokens < 0:
+        io.fail('--seed and --eval_tokens must not be negative')
+    if args.method == 'head' and args.focus and args.init != 'best' and args.init < 1:
+        io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
+
+    env = io.setup(args)
+    ckpt = io.load_checkpoint(args.ckpt)
+    model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
+    L = model.config.block_size
+    val, meta = io.open_data(args.data, 'val')
+    data = io.open_data(args.data, 'train')[0] if args.method != 'none' else ()
+    args.length = args.length or 4 * L
+    lengths = sorted(set(args.lengths or io.default_lengths(model.config)))
+    args.stride = args.stride or max(1, lengths[0] // 2)
+    io.check_fits(model.config, meta, args.data, lengths + [args.length] * (args.method != 'none'))
+    if not 0 < args.stride < lengths[0]:
+        io.fail(f'--stride {args.stride} must lie between 1 and the shortest of --lengths less one, {lengths[0] - 1}')
+    if args.method != 'none' and not 1 <= args.length < len(data):
+        io.fail(f'--length {args.length:,} must lie between 1 and the {len(data) - 1:,} tokens of {args.data}/train.bin')
+    if args.batch % env.world:
+        io.fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
+    args.micro_batch = min(args.micro_batch or args.batch, args.batch // env.world)
+    if args.micro_batch < 1:
+        io.fail(f'--micro_batch {args.micro_batch} must be at least 1')
+    docs = io.documents(val, meta, 'val')
+    if args.eval_tokens:
+        windows(docs, lengths[-1], args.stride, 1)   # too short a val.bin is known before the work
+    out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
+    io.preflight(out, 8 * sum(p.numel() for p in model.parameters()))
+    if args.method == 'yarn' and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
+        io.fail(f'--method yarn stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
+    env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
+
+    results, name = {}, io.stem(args.ckpt)
+    if args.eval_tokens:
+        results[name] = evaluate(model, docs, lengths, args, env)
+        if env.master:
+            write_csv(f'{out}/{name}.ppl.csv', results[name][0])
+            write_csv(f'{out}/{name}.entropy.csv', results[name][1])
+    if args.method != 'none':
+        start, curve, losses = time.time(), [], []
+        if args.method == 'yarn':
+            ckpt['config']['rope_inv_freq'], lam = yarn(model.config, args.length)
+            model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
+            set_heads(model, lam)
+        if args.method == 'uniform' or args.method == 'head' and args.init == 'best':
+            best, curve = uniform(model, data, args, env)
+        if args.method == 'head':
+            set_heads(model, best if args.init == 'best' else args.init)
+            losses = tune(model, data, args, env)
+            env.print('temperature of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model).tolist()))
+        name = f'{args.method}-{args.length}'
+        tokens = len(losses) * args.batch * args.length + len(curve) * args.grid_batches * args.batch * args.length
+        if env.master:
+            io.save_checkpoint(f'{out}/{name}.pt', dict(
+                model={k: v.cpu() for k, v in model.state_dict().items()}, config=ckpt['config'], optimizer=None, step=ckpt['step'],
+                tokens=ckpt['tokens'], seed=ckpt['seed'], args=ckpt['args'], fingerprint=ckpt['fingerprint'], tokenizer=ckpt['tokenizer'],
+                extended=dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'], heads=heads(model).tolist(),
+                              curve=curve, losses=losses, tokens=tokens, seconds=time.time() - start)))
+        env.print(f'{out}/{name}.pt: {tokens:,} tokens, {time.time() - start:.0f} s')
+        if args.eval_tokens:
+            results[name] = evaluate(model, docs, lengths, args, env)
+            if env.master:
+                write_csv(f'{out}/{name}.ppl.csv', results[name][0])
+                write_csv(f'{out}/{name}.entropy.csv', results[name][1])
+    if results:
+        show(results, lengths, L, env)
+        if args.plot and env.master:
+            plot(results, heads(model), L, args.plot)
+    io.finish()
+
+
+if __name__ == '__main__':
+    main()

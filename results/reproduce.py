@@ -1,0 +1,125 @@
+"""
+The sweep behind make reproduce, make table and make figure: runs the scripts as a user would, collects their csv files
+in one, prints one table and the heat maps. What is there already is not run again.
+
+    python -m results.reproduce --scale tiny                              # the headline, one seed
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --ablations    # results/tiny.csv
+"""
+import argparse
+import csv
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+from data import io
+
+SCALES = dict(
+    # the same path in under a minute, for the tests: nothing is learned
+    toy=dict(data='--tokens 60000', train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
+             tune='--length 256 --steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
+             passkey='--depths 2 --trials 1'),
+    tiny=dict(data='--tokens 12000000', train='', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
+              measure='--eval_tokens 16384 --stride 128', passkey='--depths 10 --trials 20'),
+)
+# row, the run it starts from, extend.py's flags (None: the trained model itself), the corpus it is tuned on
+ROWS = [
+    ('NoPE', 'nope', None, None),
+    ('NoPE uniform', 'nope', '--method uniform', 'passkey_tune'),
+    ('NoPE head', 'nope', '--method head --init 1.2', 'passkey_tune'),
+    ('RoPE', 'rope', None, None),
+]
+ABLATIONS = [
+    ('NoPE head, from best uniform', 'nope', '--method head --init best', 'passkey_tune'),
+    ('NoPE head, from 1.0', 'nope', '--method head --init 1.0', 'passkey_tune'),
+    ('NoPE head, no focus', 'nope', '--method head --init 1.2 --no-focus', 'passkey_tune'),
+    ('NoPE head, training mix', 'nope', '--method head --init 1.2', 'passkey'),
+    ('RoPE head', 'rope', '--method head --init 1.2', 'passkey_tune'),
+    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
+]
+COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds')
+
+
+def run(script, flags):
+    """One command, shown as it would be typed."""
+    command = [sys.executable] + shlex.split(f'{script} {flags}')
+    print(f'\n$ python {script} {flags}', flush=True)
+    code = subprocess.call(command)
+    if code:
+        sys.exit(code)
+
+
+def read_csv(file):
+    return list(csv.DictReader(open(file, newline=''))) if os.path.exists(file) else []
+
+
+def mean_sd(values, digits):
+    text = f'{statistics.mean(values):.{digits}f}'
+    return text + (f' ±{statistics.stdev(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def table(rows, order, lengths, L):
+    """Markdown: a line a row; loss, then passkey accuracy in percent, at multiples of the training length."""
+    seeds = sorted({r['seed'] for r in rows})
+    out = [f'{len(seeds)} seed{"s, mean ± standard deviation" if len(seeds) > 1 else ""}; training length {L}']
+    for what, key, scale, digits in (('loss (nats)', 'loss', 1, 2), ('passkey (%)', 'passkey', 100, 0)):
+        out += ['', f'| {what} at | ' + ' | '.join(f'{n / L:g}x' for n in lengths) + ' |', '|---|' + '---|' * len(lengths)]
+        for name in order:
+            cells = [[float(r[key]) * scale for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
+            if all(cells):
+                out.append(f'| {name} | ' + ' | '.join(mean_sd(c, digits) for c in cells) + ' |')
+    return '\n'.join(out)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument('--scale', default='tiny')
+    p.add_argument('--seeds', type=io.int_list, default=[1])
+    p.add_argument('--ablations', action='store_true', help='also the rows that take the method apart')
+    p.add_argument('--out', default='out', help='folder for data and runs')
+    p.add_argument('--csv', help='where the rows go (default OUT/SCALE/table.csv; with --ablations results/SCALE.csv)')
+    args = p.parse_args()
+    if args.scale not in SCALES:
+        io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
+    scale, out = SCALES[args.scale], f'{args.out}/{args.scale}'
+    file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
+    lengths, L = io.int_list(scale['lengths']), None
+    todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
+    maps = []
+    for corpus, flags in (('passkey', '--retrieval 0.5'), ('passkey_tune', '--retrieval 0.7 --seed 1')):
+        if not os.path.exists(f'{out}/{corpus}/meta.json'):
+            run('-m data.passkey.prepare', f'--out {out}/{corpus} {flags} {scale["data"]}')
+    for seed in args.seeds:
+        for name, base, method, corpus in todo:
+            if any(r['row'] == name and int(r['seed']) == seed for r in done):
+                print(f'seed {seed}, {name}: in {file} already')
+                continue
+            began, ckpt = time.time(), f'{out}/{base}-{seed}'
+            # --resume: a sweep that was stopped goes on where it was
+            run('train.py', f'--preset tiny --pe {base} --data {out}/passkey --out {ckpt} --seed {seed} --resume {scale["train"]}')
+            where = f'{ckpt}/{name.replace(",", "").replace(" ", "-").lower()}'
+            if method:
+                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {where} --eval_tokens 0')
+                ckpt = f'{where}/{next(f for f in os.listdir(where) if f.endswith(".pt") and not f.startswith(".") and "prev" not in f)}'
+            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey --method none --lengths {scale["lengths"]} --out {where} {scale["measure"]}')
+            run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {where} {scale["passkey"]}')
+            stem = io.stem(ckpt)
+            ppl, pk = read_csv(f'{where}/{stem}.ppl.csv'), read_csv(f'{where}/{stem}.passkey.csv')
+            for row in ppl:
+                hits = [int(r['accuracy']) for r in pk if r['length'] == row['length']]
+                done.append(dict(seed=seed, row=name, length=row['length'], loss=f'{float(row["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
+                                 prompts=len(hits), seconds=f'{time.time() - began:.0f}'))
+            with open(f'{file}.tmp', 'w', newline='') as f:
+                w = csv.DictWriter(f, COLUMNS)
+                w.writeheader()
+                w.writerows(done)
+            os.replace(f'{file}.tmp', file)
+    L = io.load_checkpoint(f'{out}/nope-{args.seeds[0]}')['config']['block_size'] if L is None else L
+    print('\n' + table([r for r in done if int(r['seed']) in args.seeds], [r[0] for r in todo], lengths, L))
+    print(f'\n{file}; {time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    main()

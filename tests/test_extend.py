@@ -1,0 +1,370 @@
+"""What extend.py and eval_passkey.py promise, each against a plain computation in float64. CPU, fp32, no network."""
+import copy
+import csv
+import math
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval_passkey
+import extend
+import train
+from data import io
+from data.passkey import prepare as passkey
+from model import GPT, GPTConfig
+from test_train import BATCH, CPU, TINY, bits, close, corpus, other, refused, run, start, trained, wait      # noqa: F401 (fixtures among them)
+
+ENV = io.setup(SimpleNamespace(device='cpu', dtype='fp32', seed=0))
+HEAD = f'--method head --length 128 --steps 4 --batch 4 --grid 0.8,1,1.2 --grid_batches 1 --lengths 128,64,96 --eval_tokens 500 {CPU}'
+
+
+def build(**shape):
+    """A small network in which no attention is nearly uniform, with another temperature for each head."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48) | shape)).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.mul_(2 if p.dim() == 2 else 1)
+    extend.set_heads(model, torch.rand(2, 4) + 0.5)
+    return model
+
+
+def some(*shape):
+    return np.random.default_rng(0).integers(50, size=shape).astype(np.uint16)
+
+
+def knobs(**changed):
+    """extend.py's flags, as its functions get them."""
+    return SimpleNamespace(**dict(length=40, batch=8, micro_batch=8, seed=3, lr=0.03, steps=20, focus=True, compile=False, grid=[0.5, 1, 1.7], grid_batches=2) | changed)
+
+
+def table(file):
+    """A csv file's columns and rows; numbers as floats."""
+    with open(file) as f:
+        rows = list(csv.reader(f))
+    return rows[0], [[float(x) for x in r] for r in rows[1:]]
+
+
+@pytest.fixture(scope='session')
+def extended(trained, corpus, tmp_path_factory):
+    """The folder of a head-tuned checkpoint and its measurements."""
+    out = str(tmp_path_factory.mktemp('extended'))
+    assert run(extend.main, HEAD, f'--ckpt {trained} --data {corpus} --out {out}') == 0
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# extending
+
+def test_tuning_changes_the_temperatures_only(extended, trained):
+    old, new = io.load_checkpoint(trained), io.load_checkpoint(f'{extended}/head-128.pt')
+    changed = {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])}
+    assert changed == {f'blocks.{i}.attn.scale' for i in (0, 1)} and list(old['model']) == list(new['model'])
+    assert all(new['model'][k].dtype == torch.float32 and new['model'][k].min() >= 1 for k in changed)
+    assert {k for k in old if bits(old[k]) != bits(new[k])} == {'model', 'optimizer', 'extended'} and new['optimizer'] is None
+    how = new['extended']
+    assert how['method'] == 'head' and how['length'] == 128 and len(how['losses']) == 4 and [lam for lam, _ in how['curve']] == [0.8, 1, 1.2]
+    assert how['tokens'] == (4 + 3) * 4 * 128 and how['heads'] == [b.tolist() for k, b in new['model'].items() if k.endswith('scale')]
+
+
+@pytest.mark.parametrize('focus', [True, False])
+def test_tuning_follows_the_paper(focus):
+    model, data, args = build(), some(2000), knobs(focus=focus)
+    extend.set_heads(model, 1.05)
+    ref = copy.deepcopy(model).double()
+    losses = extend.tune(model, data, args, ENV)
+    lam, m, v = torch.full((2, 4), 1.05).double(), 0, 0
+    for t in range(20):                              # AdamW without decay, its gradient from the whole logits
+        for b, row in zip(ref.blocks, lam):
+            b.attn.scale = torch.nn.Parameter(row.clone())
+        x, y = io.get_batch(data, 8, 40, 3, t)
+        loss = F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten())
+        assert losses[t] == pytest.approx(loss.item(), abs=1e-5)
+        g = torch.stack(torch.autograd.grad(loss, [b.attn.scale for b in ref.blocks]))
+        g = g / max(1, g.norm())
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g ** 2
+        lr = 0.03 * (0.5, 1)[t] if t < 2 else 0.03 * (0.55 + 0.45 * math.cos(math.pi * (t - 2) / 18))
+        lam = lam - lr * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+        lam = lam.clamp(min=1) if focus else lam
+    torch.testing.assert_close(extend.heads(model).double(), lam, atol=1e-4, rtol=0)
+    assert (lam.min() >= 1) == focus and lam.std() > 0.05
+
+
+def test_focus_holds_at_any_rate():
+    lowest = []
+    for focus in True, False:
+        model = build()
+        extend.set_heads(model, 1)
+        extend.tune(model, some(2000), knobs(lr=5, steps=3, focus=focus), ENV)
+        lowest.append(extend.heads(model).min())
+    assert lowest[0] >= 1 > lowest[1]
+
+
+def test_micro_batches_change_nothing():
+    made = []
+    for micro in 8, 1, 3:
+        model, args = build(), knobs(micro_batch=micro, steps=10)
+        made.append((extend.heads(model), np.array(extend.uniform(model, some(2000), args, ENV)[1]), np.array(extend.tune(model, some(2000), args, ENV)), extend.heads(model)))
+    for m in made[1:]:
+        for a, b in zip(m, made[0]):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_uniform_takes_the_lowest_loss(capsys):
+    model, data, args = build(), some(2000), knobs()
+    best, curve = extend.uniform(model, data, args, ENV)
+    ref = copy.deepcopy(model).double()
+    for lam, loss in curve:
+        for b in ref.blocks:
+            b.attn.scale.fill_(lam)
+        batches = [io.get_batch(data, 8, 40, (3, 1), i) for i in range(2)]
+        want = [F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten()).item() for x, y in batches]
+        assert loss == pytest.approx(sum(want) / 2, abs=1e-5)
+    assert [lam for lam, _ in curve] == args.grid and best == min(curve, key=lambda c: c[1])[0] == args.grid[0]
+    assert (extend.heads(model) == best).all() and re.search(r' 0\.50 .*best', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('init', ['best', '1.3'])
+def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
+    assert run(extend.main, HEAD, f'--init {init} --steps 1 --lr 1e-9 --eval_tokens 0 --grid 1.2,1.4 --ckpt {trained} --data {corpus} --out {tmp_path}') == 0
+    how = io.load_checkpoint(f'{tmp_path}/head-128.pt')['extended']
+    want = 1.3 if init == '1.3' else min(how['curve'], key=lambda c: c[1])[0]
+    np.testing.assert_allclose(how['heads'], want, atol=1e-6)
+    assert os.listdir(tmp_path) == ['head-128.pt']   # --eval_tokens 0 measures nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perplexity and entropy
+
+@pytest.mark.parametrize('stride, asked', [(8, 64), (7, 200), (20, 10**6)])
+def test_every_length_scores_the_same_tokens(stride, asked):
+    docs = [np.arange(n) + 1000 * i for i, n in enumerate((420, 50, 300, 110))]      # a token says where it stands
+    seen = {}
+
+    def model(x, y, rows):
+        whole = torch.cat((x, y[:, -1:]), dim=1)
+        assert (whole.diff() == 1).all() and torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
+        seen.setdefault(whole.size(1), []).append(y.flatten())
+        return None, torch.tensor(1.0)
+    got = extend.perplexity(model, docs, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
+    assert list(seen) == [21, 48, 96]                # a window is exactly the length named
+    scored = [torch.cat(s).sort()[0] for s in seen.values()]
+    assert all(torch.equal(s, scored[0]) for s in scored) and scored[0].unique().numel() == scored[0].numel()
+    assert (scored[0] % 1000 >= 96).all()            # past the longest
+    n = len(scored[0])
+    assert min(asked, sum(max(0, len(d) - 96) // stride * stride for d in docs)) <= n < asked + 3 * stride
+    assert [r['tokens'] for r in got] == [n] * 3 and [r['docs'] for r in got] == [len((scored[0] // 1000).unique())] * 3
+    assert [list(r) for r in got] == [['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']] * 3 and got[0]['ppl'] == pytest.approx(math.e)
+
+
+def test_perplexity_is_the_plain_one():
+    model, docs = build(), [some(90), some(200)[90:], some(20)]
+    ref, want = copy.deepcopy(model).double(), []
+    for length in 10, 25, 40:
+        nll = []
+        for d, end in extend.windows(docs, 40, 6, 60):
+            w = torch.from_numpy(d[end - length:end].astype(np.int64))
+            nll += [-ref(w[None, :-1])[0][0, i - 1].log_softmax(-1)[w[i]].item() for i in range(length - 6, length)]
+        want.append(sum(nll) / len(nll))
+    for batch_tokens in 1, 10**6:
+        got = extend.perplexity(model, docs, [10, 25, 40], 6, 60, ENV, batch_tokens)
+        assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(np.exp(want).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize('stride', [1, 5, 9])
+def test_uniform_model_has_the_vocabulary_as_perplexity(stride):
+    model = build()
+    model.lm_head.weight.zero_()
+    got = extend.perplexity(model, [some(150)], [10, 16, 77], stride, 200, ENV, 100)
+    assert [r['ppl'] for r in got] == pytest.approx([50] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize('block', [1, 16, 77, 256])
+def test_attention_entropy(block):
+    q, k = torch.randn(3, 4, 77, 8) * 3, torch.randn(3, 2, 77, 8)
+    a = (q.double() @ k.double().repeat_interleave(2, 1).mT / 8 ** 0.5).masked_fill(torch.ones(77, 77).triu(1).bool(), -math.inf).softmax(-1)
+    torch.testing.assert_close(extend.attention_entropy(q, k, block).double(), -torch.xlogy(a, a).sum(-1).mean(0), atol=1e-5, rtol=0)
+    even = extend.attention_entropy(q * 0, k, block)
+    torch.testing.assert_close(even, torch.arange(1, 78).log().expand(4, 77), atol=1e-5, rtol=0)
+
+
+def test_entropies_are_those_of_the_model():
+    model, docs = build(), [some(60), some(30), some(80)[9:]]
+    got, want = extend.entropies(model, docs, 50, ENV), 0
+    for d in docs[0], docs[2]:                       # layer 0 by hand: lambda sharpens
+        x, at = model.embed(torch.from_numpy(d[:50].astype(np.int64)))[None], model.blocks[0].attn
+        q, k = (z.unflatten(-1, (-1, 8)).transpose(1, 2) for z in (at.q_proj(F.rms_norm(x, (32,))), at.k_proj(F.rms_norm(x, (32,)))))
+        want = want + extend.attention_entropy(q * at.scale[:, None, None], k, 50) / 2
+    torch.testing.assert_close(got[0], want, atol=1e-3, rtol=0)
+    for b in model.blocks:
+        b.attn.q_proj.weight.zero_()
+    torch.testing.assert_close(extend.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0)
+    assert not any(b.attn._forward_pre_hooks for b in model.blocks)
+
+
+def test_entropy_of_short_lengths(trained, corpus, tmp_path):
+    assert run(extend.main, f'--method none --lengths 8,20 --eval_tokens 32 --ckpt {trained} --data {corpus} --out {tmp_path} {CPU}') == 0
+    rows = table(tmp_path / 'ckpt.entropy.csv')[1]   # fewer than 32 positions: fewer bands, none of them empty
+    assert all(math.isfinite(r[3]) and 1 <= r[2] <= 20 for r in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the scripts write, and what opens it
+
+def test_files(extended, trained, corpus, tmp_path, capsys):
+    assert sorted(os.listdir(extended)) == ['ckpt.entropy.csv', 'ckpt.ppl.csv', 'head-128.entropy.csv', 'head-128.pt', 'head-128.ppl.csv']
+    columns, ppl = table(f'{extended}/head-128.ppl.csv')
+    assert columns == ['length', 'stride', 'docs', 'tokens', 'nll', 'ppl'] and [r[:2] for r in ppl] == [[n, 32] for n in (64, 96, 128)]
+    columns, entropy = table(f'{extended}/head-128.entropy.csv')
+    assert columns == ['layer', 'head', 'position', 'entropy'] and [r[:3] for r in entropy] == [[i, h, p] for i in (0, 1) for h in (0, 1) for p in range(4, 129, 4)]
+    ckpt = f'--ckpt {extended}/head-128.pt --out {tmp_path}'
+    assert run(extend.main, HEAD, '--method none --data', corpus, ckpt) == 0                 # measures the same again
+    for kind in 'ppl', 'entropy':
+        assert table(f'{tmp_path}/head-128.{kind}.csv') == table(f'{extended}/head-128.{kind}.csv') != table(f'{extended}/ckpt.{kind}.csv')
+    assert run(eval_passkey.main, CPU, '--lengths 96,80 --depths 2 --trials 3', ckpt) == 0
+    columns, rows = table(tmp_path / 'head-128.passkey.csv')
+    assert columns == ['length', 'depth', 'trial', 'position', 'accuracy', 'logprob']
+    assert [r[:3] for r in rows] == [[n, d, t] for n in (96, 80) for d in (0, 0.5) for t in range(3)]
+    assert run(train.main, BATCH, f'--init_from {extended}/head-128.pt --steps 1 --data {corpus} --out {tmp_path}/run') == 0
+    new, old = io.load_checkpoint(f'{tmp_path}/run')['model'], io.load_checkpoint(f'{extended}/head-128.pt')['model']
+    assert all(bits(new[k]) == bits(old[k]) for k in old if 'scale' in k) and bits(new) != bits(old)
+    assert [io.stem(f) for f in (trained, f'{trained}/ckpt.prev.pt', f'{extended}/head-128.pt')] == ['ckpt', 'ckpt', 'head-128']
+
+
+def test_two_processes_write_the_same(extended, trained, corpus, tmp_path):
+    assert wait(start(extend.main, HEAD, f'--ckpt {trained} --data {corpus} --out {tmp_path}', log=tmp_path / 'log', world=2)) == [0, 0], (tmp_path / 'log.0').read_text()
+    close(io.load_checkpoint(f'{tmp_path}/head-128.pt')['model'], io.load_checkpoint(f'{extended}/head-128.pt')['model'])
+    flags = f'--ckpt {trained} --lengths 80,130 --depths 3 --trials 3 {CPU}'
+    assert wait(start(eval_passkey.main, flags, f'--out {tmp_path}', log=tmp_path / 'log', world=2)) == [0, 0]
+    assert run(eval_passkey.main, flags, f'--out {tmp_path}/one --batch_tokens 1') == 0      # nor does the batch matter
+    for a, b in [(f'{extended}/{f}', f'{tmp_path}/{f}') for f in os.listdir(extended) if f.endswith('.csv')] + [(tmp_path / 'ckpt.passkey.csv', tmp_path / 'one/ckpt.passkey.csv')]:
+        (columns, x), (columns2, y) = table(a), table(b)
+        assert columns == columns2
+        np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5)
+
+
+def test_default_lengths_have_room_for_a_prompt(trained, tmp_path):
+    assert run(eval_passkey.main, f'--ckpt {trained} --depths 1 --trials 1 --out {tmp_path} {CPU}') == 0
+    # half the training length, 32, and the training length, 64, hold none
+    assert [r[0] for r in table(tmp_path / 'ckpt.passkey.csv')[1]] == [96, 128, 192, 256, 384, 512]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# passkey
+
+@pytest.mark.parametrize('name', ['passkey', 'bytes'])
+def test_prompt(name):
+    tok = io.get_tokenizer(name)
+    make = lambda *a, seed=(0, 0): eval_passkey.make_prompt(tok, *a, np.random.default_rng(seed))
+    with pytest.raises(ValueError) as too_short:
+        make(10, 0, 1)
+    shortest, sentence = int(re.search(r'at least (\d+)', str(too_short.value))[1]), max(len(tok.encode(s)) for s in passkey.GARBAGE)
+    with pytest.raises(ValueError):
+        make(shortest - 1, 0, 1)
+    for length in [*range(shortest, shortest + 50), 2000]:
+        at, info, seen = [], passkey.INFO.split('{key}')[0], set()
+        for depth in range(4):
+            prompt, answer, where = make(length, depth, 4, seed=(length, depth))
+            text, key = tok.decode(prompt), tok.decode(answer).strip()
+            told = passkey.INFO.format(key=key)
+            assert len(prompt) + len(answer) == length and re.fullmatch('[1-9][0-9]{4}', key)
+            assert text.count(told) == 1 and text.count(info) == 1 and text.count(key) == 2 and text.endswith(passkey.QUESTION)
+            assert prompt[where:where + len(tok.encode(told))] == tok.encode(told)
+            head = [tok.bos, *tok.encode(passkey.TASK)]
+            room, at = length - len(head) - sum(len(tok.encode(s)) for s in (told, passkey.QUESTION)) - len(answer), at + [where - len(head)]
+            assert prompt[:len(head)] == head and depth / 4 * room - sentence <= at[-1] < (depth + 1) / 4 * room
+            assert at[-1] == 0 or text.split(told)[0].endswith('.')      # between two sentences
+            assert make(length, depth, 4, seed=(length, depth)) == (prompt, answer, where)
+            seen.add(key)
+        assert at == sorted(at) and len(seen) > 1
+    spread = {make(2000, 1, 4, seed=i)[2] for i in range(30)}
+    assert len(spread) > 10 and max(spread) - min(spread) > room / 8     # all over its band
+
+
+def test_score_is_that_of_greedy_decoding():
+    model = build(block_size=200)
+    prompts, answers = [some(40 - n).tolist() for n in (5, 3, 5, 5)], []
+    for p, n in zip(prompts, (5, 3, 5, 5)):          # what the model itself would say, token by token
+        x = list(p)
+        for _ in range(n):
+            x.append(model(torch.tensor([x]))[0][0, -1].argmax().item())
+        answers.append(x[len(p):])
+    answers[2][0] = (answers[2][0] + 1) % 50         # misses at the first token, and at the last
+    answers[3][-1] = (answers[3][-1] + 1) % 50
+    rows = []
+    model.lm_head.register_forward_hook(lambda m, x, y: rows.append(x[0].shape[1]))
+    plain = eval_passkey.score(model, prompts, answers, ENV)
+    assert rows == [5]                               # the answers' rows only
+    decoded = eval_passkey.score(model, prompts, answers, ENV, decode=True)
+    assert [s[0] for s in plain] == [s[0] for s in decoded] == [1, 1, 0, 0]
+    ref = copy.deepcopy(model).double()
+    for p, a, (_, logprob) in zip(prompts, answers, plain):
+        logp = ref(torch.tensor([p + a[:-1]]))[0][0].log_softmax(-1)
+        assert logprob == pytest.approx(sum(logp[len(p) - 1 + i, t].item() for i, t in enumerate(a)), abs=1e-4)
+
+
+@pytest.mark.parametrize('miss', [None, 0, 2, 4])
+def test_oracle(miss):
+    answers = torch.randint(50, (6, 5))
+    said = answers.clone()
+    if miss is not None:
+        said[1, miss] = (said[1, miss] + 1) % 50
+    oracle = lambda x, rows: (torch.cat((torch.zeros(6, 20, 50), F.one_hot(said, 50) * 100.0), dim=1)[:, rows], None)
+    got = eval_passkey.score(oracle, some(6, 15).tolist(), answers.tolist(), ENV)
+    assert [a for a, _ in got] == [1, int(miss is None), 1, 1, 1, 1]
+    assert [p for _, p in got] == pytest.approx([0, 0 if miss is None else -100, 0, 0, 0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize('block_size, marked', [(128, '128'), (200, '128'), (256, '256'), (1000, '512'), (100, None)])
+def test_heat_map_marks_the_training_length(block_size, marked):
+    grid = [dict(length=n, depth=d, trial=t, accuracy=int(n < 500 and t < 2 * d + 1)) for n in (128, 256, 512) for d in (0, 0.5) for t in range(2)]
+    lines = eval_passkey.heat_map(grid, block_size).splitlines()
+    assert re.findall(r'(\d+) \|', lines[0]) == ([marked] if marked else []) and len(lines) == 6
+    assert [re.findall(r'[.░▒▓█]+', row) for row in lines[2:4]] == [['▒▒▒▒', '▒▒▒▒', '.'], ['████', '████', '.']] and re.findall(r'\d+%', lines[4]) == ['75%', '75%', '0%']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+@pytest.mark.parametrize('flags, words', [
+    ('--ckpt nowhere', 'nowhere train.py'), ('--ckpt {corpus}', '{corpus} no checkpoint meta.json'), ('--ckpt {corpus}/meta.json', 'meta.json not a whole checkpoint'),
+    ('--ckpt {lfs}', '{lfs} not a whole checkpoint'), ('--data nowhere', 'nowhere'), ('--data {other}', 'vocabulary 257'), ('--out {corpus}/meta.json/x', '--out'),
+    ('--stride 0', '--stride 0'), ('--stride -1', '--stride'), ('--stride 64', '--stride 64 63'), ('--lengths 0,64', '0'), ('--lengths -5', '-5'),
+    ('--lengths 64,9000', '9,0 val.bin --lengths'), ('--length 0', '--length 0'), ('--length -1', '--length'), ('--length 70000', '--length 70,000 train.bin'),
+    ('--init 0.9', '--init 0.9 focus'), ('--init nan', '--init nan'), ('--batch 0', '--batch'), ('--micro_batch 0', '--micro_batch 0'), ('--micro_batch -1', '--micro_batch'),
+    ('--steps 0', '--steps'), ('--lr 0', '--lr'), ('--lr nan', '--lr'), ('--seed -1', '--seed'), ('--eval_tokens -1', '--eval_tokens'),
+    ('--grid_batches 0', '--grid_batches'), ('--grid nan,1', '--grid'), ('--batch_tokens 0', '--batch_tokens'), ('--device cuda', '--device cuda')])
+def test_bad_input_of_extend(flags, words, corpus, other, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    lfs = tmp_path / 'lfs.pt'
+    lfs.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n')
+    flags, words = (s.format(corpus=corpus, other=other, trained=trained, lfs=lfs) for s in (flags, words))
+    line = refused(capsys, extend.main, HEAD, f'--ckpt {trained} --data {corpus} --out {tmp_path}/out', flags)
+    assert all(w in line for w in words.split()), line
+    assert not list(tmp_path.glob('out/*'))          # before the work
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--ckpt nowhere', 'nowhere'), ('--ckpt {corpus}/train.bin', 'train.bin not a whole checkpoint'), ('--lengths 96,20', '20 too short'), ('--lengths 0', '0 too short'),
+    ('--depths 0', '--depths'), ('--trials 0', '--trials'), ('--seed -1', '--seed'), ('--batch_tokens 0', '--batch_tokens'), ('--out {corpus}/meta.json/x', '--out')])
+def test_bad_input_of_eval_passkey(flags, words, corpus, trained, tmp_path, capsys):
+    line = refused(capsys, eval_passkey.main, f'--ckpt {trained} --out {tmp_path}/out {CPU}', flags.format(corpus=corpus))
+    assert all(w in line for w in words.split()) and not (tmp_path / 'out').exists(), line
+
+
+@pytest.mark.parametrize('main', [extend.main, eval_passkey.main])
+@pytest.mark.parametrize('flags', ['--lengths 64,many', '--lengths 64,', '--lengths 64.5', '--length 96 --len 64', '--dtype fp16', '--seed one'])
+def test_bad_flags(main, flags, corpus, trained, tmp_path, capsys):
+    assert run(main, f'--ckpt {trained} --out {tmp_path}/out', f'--data {corpus} --method none' if main is extend.main else '', flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('usage:') and 'error:' in err.splitlines()[-1] and not (tmp_path / 'out').exists()
+
+
+def test_learned_table_has_an_end(corpus, tmp_path, capsys):
+    assert run(train.main, TINY, f'--pe learned --steps 1 --data {corpus} --out {tmp_path}') == 0
+    for main, flags in ((extend.main, f'{HEAD} --data {corpus}'), (eval_passkey.main, '--lengths 96')):
+        assert all(w in refused(capsys, main, f'--ckpt {tmp_path} {CPU}', flags) for w in ('learned', '64'))

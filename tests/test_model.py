@@ -1,0 +1,356 @@
+"""What model.py promises about its numbers, each held against something written apart from it. CPU, fp32, no network."""
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import ENCODINGS, GPT, GPTConfig, KVCache, PRESETS
+
+L = 16                                               # the block_size of build(); most sequences here are longer
+every_pe = pytest.mark.parametrize('pe', ENCODINGS)
+
+
+def build(pe='nope', **shape):
+    """A small network with gains away from 1, and with attention away from uniform."""
+    torch.manual_seed(1)
+    shape = dict(block_size=L, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48) | shape
+    model = GPT(GPTConfig(pe=pe, **shape))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if 'q_proj' in name or 'k_proj' in name:
+                p.mul_(1.5)
+            elif 'norm' in name:
+                p.uniform_(0.5, 1.5)
+    return model
+
+
+def heat(model):
+    """Another temperature for each head, and another change of it past block_size."""
+    for block in model.blocks:
+        block.attn.scale.data.uniform_(0.5, 2)
+        block.attn.slope.data.uniform_(-0.5, 0.5)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(50, shape)
+
+
+def span(pe):
+    """A length past block_size, where there is one."""
+    return L if pe == 'learned' else 40
+
+
+def close(a, b, tol=1e-5):
+    torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
+
+
+def reference(model, idx):
+    """The network in float64, from the papers' equations: a GPT's config and weights, idx (T,) -> logits (T, V)."""
+    c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
+    T, hs = len(idx), c.n_embd // c.n_head
+    i = torch.arange(1, T + 1).double()              # how many keys each query sees
+
+    def norm(x, gain=1):                             # RMSNorm: x / sqrt(mean x^2 + eps)
+        return gain * x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps) ** 0.5
+
+    x = w['embed.weight'][idx]
+    if c.pe == 'learned':
+        x = x + w['pos_embed.weight'][:T]
+    if c.pe == 'sinusoidal':                         # Vaswani et al. 2017, sec. 3.4 and 3.5
+        x = x * c.n_embd ** 0.5
+        for t in range(T):
+            for m in range(0, c.n_embd, 2):
+                x[t, m] += math.sin(t / 10000 ** (m / c.n_embd))
+                x[t, m + 1] += math.cos(t / 10000 ** (m / c.n_embd))
+    for n in range(c.n_layer):
+        part = {k.removeprefix(f'blocks.{n}.').removesuffix('.weight'): v for k, v in w.items()}
+        h, heads = norm(x, part['attn_norm']), []
+        for a in range(c.n_head):
+            g = a * c.n_kv_head // c.n_head          # the key head that query head a reads
+            q = h @ part['attn.q_proj'][a * hs:(a + 1) * hs].T
+            k, v = (h @ part[f'attn.{z}_proj'][g * hs:(g + 1) * hs].T for z in 'kv')
+            if c.qk_norm:
+                q, k = norm(q), norm(k)
+            if c.pe == 'rope':                       # Su et al. 2021, eq. 12: pair m is the complex number times exp(i t theta_m)
+                theta = torch.tensor(c.rope_inv_freq or [math.exp(-2 * m / hs * math.log(c.rope_theta)) for m in range(hs // 2)]).double()
+                turn = torch.exp(1j * (i[:, None] - 1) * theta)
+                q, k = (torch.view_as_real(torch.complex(z[:, :hs // 2], z[:, hs // 2:]) * turn).mT.flatten(1) for z in (q, k))
+            # Wang et al. 2024, eq. 4: the temperature on the scores
+            lam = part['attn.scale'][a] + part['attn.slope'][a] * torch.log(torch.maximum(i / c.block_size, i / i))
+            e = torch.exp(lam[:, None] * (q @ k.T) / hs ** 0.5).tril()
+            heads.append(e / e.sum(1, keepdim=True) @ v)
+        x = x + torch.cat(heads, 1) @ part['attn.o_proj'].T
+        h = norm(x, part['mlp_norm'])
+        gate = h @ part['mlp.gate_proj'].T           # Shazeer 2020: SwiGLU
+        x = x + (gate / (1 + torch.exp(-gate)) * (h @ part['mlp.up_proj'].T)) @ part['mlp.down_proj'].T
+    return norm(x, w['norm.weight']) @ w['lm_head.weight'].T
+
+
+@every_pe
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_forward_is_the_papers_equations(pe, qk_norm):
+    model = heat(build(pe, qk_norm=qk_norm))
+    for idx in tokens(2, span(pe)):
+        close(model(idx[None])[0][0], reference(model, idx))
+
+
+@every_pe
+def test_no_logit_depends_on_a_later_token(pe):
+    model, t = heat(build(pe)), 11
+    idx = tokens(2, span(pe))
+    other = torch.cat((idx[:, :t], (idx[:, t:] + 1) % 50), dim=1)
+    before, after = model(idx)[0], model(other)[0]
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert (before[:, t:] != after[:, t:]).any(-1).all()
+
+
+@every_pe
+@pytest.mark.parametrize('chunks', [[1] * 80, [5, 1, 9, 1, 24, 2, 38], [79, 1]])
+def test_cached_decoding_is_the_full_forward(pe, chunks):
+    model, cache = heat(build(pe, block_size=80 if pe == 'learned' else L)), KVCache()      # 80: the cache has to grow
+    idx = tokens(2, 80)
+    close(torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1), model(idx)[0])
+
+
+def test_learned_positions_end_with_their_table():
+    model, cache = build('learned'), KVCache()
+    model(tokens(1, L), cache=cache)
+    for beyond in (lambda: model(tokens(1, L + 1)), lambda: model(tokens(1, 1), cache=cache), lambda: model.generate(tokens(1, 1), L + 1)):
+        with pytest.raises(ValueError, match=rf'\b{L}\b'):
+            beyond()
+
+
+@every_pe
+def test_generate_takes_the_likeliest_token(pe):
+    model = heat(build(pe))
+    prompt = tokens(2, 5)
+    naive = prompt
+    while naive.size(1) < span(pe):                  # no cache, every logit
+        naive = torch.cat((naive, model(naive)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0), naive)
+    assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0.5, top_k=1), naive)
+
+
+@pytest.mark.parametrize('top_k', [None, 5])
+def test_generate_samples_the_tempered_distribution(top_k):
+    model, n = build(), 4000
+    prompt = tokens(4)
+    drawn = model.generate(prompt.expand(n, -1), 1, temperature=0.7, top_k=top_k)[:, -1]
+    weight = torch.exp(reference(model, prompt)[-1] / 0.7)
+    if top_k:
+        weight[weight.argsort()[:-top_k]] = 0
+    # four standard deviations of a count
+    assert ((drawn.bincount(minlength=50) / n - weight / weight.sum()).abs() < 4 * 0.5 / n ** 0.5).all()
+    assert top_k is None or drawn.unique().numel() == top_k
+
+
+@every_pe
+def test_grouped_queries_are_repeated_keys(pe):
+    grouped, full = heat(build(pe)), build(pe, n_kv_head=4)
+    state = grouped.state_dict()
+    for k in state:
+        if 'k_proj' in k or 'v_proj' in k:           # (16, 32): key head 0 goes to heads 0 and 1, key head 1 to 2 and 3
+            state[k] = state[k].view(2, 8, 32)[[0, 0, 1, 1]].view(32, 32)
+    full.load_state_dict(state)
+    idx = tokens(2, span(pe))
+    close(grouped(idx)[0], full(idx)[0])
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_temperature_one_is_the_identity_bit_for_bit(autocast, monkeypatch):
+    model, projected, attended, sdpa = build(), [], [], F.scaled_dot_product_attention
+    for block in model.blocks:
+        block.attn.q_proj.register_forward_hook(lambda m, x, q: projected.append(q.view(2, 40, 4, 8).transpose(1, 2)))
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, *a, **k: attended.append(q) or sdpa(q, *a, **k))
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        model(tokens(2, 40))
+    assert len(attended) == len(projected) == 2
+    assert all(torch.equal(p, a) and p.dtype == a.dtype for p, a in zip(projected, attended))
+
+
+@every_pe
+def test_slope_acts_past_block_size_only(pe):
+    model = build(pe)
+    idx = tokens(2, span(pe))
+    before = model(idx)[0]
+    for block in model.blocks:
+        block.attn.slope.data.uniform_(0.2, 0.5)
+    after = model(idx)[0]
+    assert torch.equal(before[:, :L], after[:, :L])
+    assert (before[:, L:] != after[:, L:]).any(-1).all()
+
+
+@pytest.mark.parametrize('pe', ['nope', 'rope'])
+def test_temperature_folds_into_the_query_projection(pe):
+    model = build(pe)
+    for block in model.blocks:
+        block.attn.scale.data.uniform_(0.5, 2)
+    idx = tokens(2, 40)
+    heated = model(idx)[0]
+    for block in model.blocks:
+        block.attn.q_proj.weight.data.view(4, 8, 32).mul_(block.attn.scale.data.view(4, 1, 1))
+        block.attn.scale.data.fill_(1)
+    close(model(idx)[0], heated)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_one_temperature_for_all_heads_is_the_softmax_scale(qk_norm, monkeypatch):
+    model = build(qk_norm=qk_norm)
+    idx = tokens(2, 40)
+    with monkeypatch.context() as patch:             # Wang et al. 2024, eq. 3
+        patch.setattr(F, 'scaled_dot_product_attention', functools.partial(F.scaled_dot_product_attention, scale=1.2 / 8 ** 0.5))
+        uniform = model(idx)[0]
+    for block in model.blocks:
+        block.attn.scale.data.fill_(1.2)
+    close(model(idx)[0], uniform)
+
+
+@pytest.mark.parametrize('pe, qk_norm', [('nope', True), ('rope', False)])
+def test_temperature_gradients_are_finite_differences(pe, qk_norm):
+    model, idx, eps = heat(build(pe, qk_norm=qk_norm)), tokens(31), 1e-5
+    temperatures = [p.requires_grad_() for block in model.blocks for p in (block.attn.scale, block.attn.slope)]
+    model(idx[None, :-1], idx[None, 1:])[1].backward()
+    grads = torch.stack([p.grad for p in temperatures])
+    model.double()                                   # so that eps does not drown in rounding
+    numeric = torch.zeros(4, 4, dtype=torch.double)
+    for n, p in enumerate(temperatures):
+        for h in range(4):
+            for sign, move in (1, eps), (-1, -2 * eps), (0, eps):    # up, down, back
+                p.data[h] += move
+                numeric[n, h] += sign * F.cross_entropy(reference(model, idx[:-1]), idx[1:]) / (2 * eps)
+    close(grads, numeric)
+    assert (numeric.abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize('rows', [None, slice(-9, None), torch.tensor([3, 4, 12])])
+def test_chunked_loss_is_the_plain_loss(rows):
+    model, heads = build(), []
+    model.logits_at_once = 50 * 5 + 7                # five rows at a time, of 26, 18 or 6: never a whole number of chunks
+    model.lm_head.register_forward_hook(lambda m, x, logits: heads.append(logits.numel() // 50))
+    idx, targets = tokens(2, 13), tokens(2, 13)
+    targets = targets if rows is None else targets[:, rows]
+    logits, loss = model(idx, targets, rows=rows)
+    loss.backward()
+    assert logits is None and max(heads) == 5 and sum(heads) == 2 * targets.numel()      # once forward, once again backward
+    grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    every = model(idx)[0]
+    plain = F.cross_entropy((every if rows is None else every[:, rows]).flatten(0, 1), targets.flatten())
+    plain.backward()
+    close(loss, plain)
+    for p, g in zip((p for p in model.parameters() if p.requires_grad), grads, strict=True):
+        close(g, p.grad)
+
+
+def test_rope_frequencies():
+    # Su et al. 2021, sec. 3.2.2: theta_m = base^(-2m/d)
+    for theta in (10000.0, 500000.0):
+        close(build('rope', rope_theta=theta).inv_freq, 1 / theta ** (torch.arange(0, 8, 2).double() / 8), 1e-6)
+    idx = tokens(2, 40)
+    given = build('rope', rope_inv_freq=[0.7, 0.05, 0.01, 0.0])
+    for x in idx:
+        close(given(x[None])[0][0], reference(given, x))
+    still = build('rope', rope_inv_freq=[0.0] * 4)    # nothing turns
+    assert torch.equal(still(idx)[0], build('nope')(idx)[0])
+
+
+def test_rope_depends_on_differences_only():
+    model = build('rope')
+    x = torch.randn(2, 40, 32)
+
+    def attend(pos):
+        angle = pos[:, None].double() * 10000.0 ** (-torch.arange(4).double() / 4)
+        return model.blocks[0].attn(x, (angle.cos().float(), angle.sin().float()), torch.zeros(40))
+
+    pos = torch.arange(40)
+    close(attend(pos), attend(pos + 1000))
+    assert (attend(pos) - attend(2 * pos)).abs().max() > 0.01
+
+
+def test_nope_cannot_tell_the_places_of_a_constant_sequence():
+    model, seen = heat(build()), []                  # Wang et al. 2024, sec. 2: alpha_ij = 1/i, whatever the temperature
+    same, varied = torch.full((1, 40), 7), tokens(1, 40)
+    for idx in (same, varied):
+        model.zero_grad()
+        model(idx, tokens(1, 40))[1].backward()
+        grads = torch.stack([p.grad.abs().max() for n, p in model.named_parameters() if n.endswith(('q_proj.weight', 'k_proj.weight'))])
+        assert (grads < 1e-6).all() if idx is same else (grads > 1e-4).all()
+    v = torch.randn(40, 2, 8)                        # values that differ, so that the weights show
+    for block in model.blocks:
+        block.attn.v_proj.register_forward_hook(lambda m, x, out: v.view(1, 40, 16))
+        block.attn.o_proj.register_forward_hook(lambda m, x, out: seen.append(x[0].view(40, 4, 8)))
+    mean = v.cumsum(0) / torch.arange(1, 41).view(-1, 1, 1)
+    model(same)
+    close(seen[0], mean[:, [0, 0, 1, 1]], 1e-6)
+    model(varied)
+    assert (seen[2] - mean[:, [0, 0, 1, 1]]).abs().max() > 0.01
+
+
+@every_pe
+def test_one_layer_of_nope_sees_the_prefix_as_a_set(pe):
+    model = heat(build(pe, n_layer=1))
+    idx = tokens(1, L)
+    permuted = torch.cat((idx[:, torch.randperm(L - 1)], idx[:, -1:]), dim=1)
+    change = (model(idx)[0][:, -1] - model(permuted)[0][:, -1]).abs().max()
+    assert change < 1e-5 if pe == 'nope' else change > 1e-3
+
+
+def test_initialisation_is_tinyllamas():
+    model = GPT(GPTConfig(pe='learned', **PRESETS['tinyllama'] | dict(vocab_size=1000, n_layer=3, n_embd=512, n_inner=1408)))
+    for name, p in model.named_parameters():
+        if name.endswith(('scale', 'slope')):        # temperatures do nothing until asked, and never see weight decay
+            assert p.shape == (32,) and p.dtype == torch.float32 and not p.requires_grad and (p == name.endswith('scale')).all()
+        elif 'norm' in name:
+            assert (p == 1).all()
+        else:                                        # lit_gpt/model.py of TinyLlama, _init_weights
+            std = 1 / 512 ** 0.5 / 3 if 'o_proj' in name or 'down_proj' in name else (2 / (5 * 512)) ** 0.5
+            assert p.std().item() == pytest.approx(std, rel=0.02) and abs(p.mean().item()) < 0.02 * std, name
+
+
+@pytest.mark.parametrize('pe', ['nope', 'rope'])
+def test_tinyllama_has_its_published_size(pe):
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=32000, pe=pe, **PRESETS['tinyllama']))
+    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + 2 * 22 * 32     # and one scale, one slope a head
+
+
+@pytest.mark.parametrize('pe', ['nope', 'learned', 'sinusoidal', 'rope'])
+def test_attention_runs_on_a_fused_kernel(pe):
+    model, cache = heat(build(pe)), KVCache()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.profiler.profile() as profile:     # any other kernel raises
+        model(tokens(2, L), tokens(2, L))[1].backward()
+        with torch.no_grad():
+            for T in (5, 1, 6):                      # prompt, one token, a chunk after cached keys
+                model(tokens(2, T), cache=cache)
+    assert [e.count for e in profile.key_averages() if e.key == 'aten::scaled_dot_product_attention'] == [2 * 4]
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(n_embd=30), dict(n_kv_head=3), dict(n_kv_head=8), dict(pe='rope', n_embd=20), dict(pe='ropes'), dict(pe=''),
+    *({name: 0} for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')), dict(n_layer=-1)])
+def test_a_shape_that_cannot_be_built_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(reversed(wrong)) if 'pe' not in wrong else 'pe='):
+        GPTConfig(**dict(vocab_size=50, n_head=4, n_kv_head=2, n_embd=32) | wrong)
+
+
+@pytest.mark.parametrize('pe', ['nope', 'rope'])
+@pytest.mark.filterwarnings('ignore')                # of the other package's own making
+def test_logits_equal_transformers(pe):
+    hf = pytest.importorskip('transformers')
+    ours = build(pe)
+    c = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+             max_position_embeddings=64, tie_word_embeddings=False, attention_bias=False, pad_token_id=None, attn_implementation='eager')
+    if pe == 'rope':                                 # rope_theta: both default to 10000
+        theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**c))
+    else:
+        theirs = hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**c, no_rope_layers=[0, 0], use_sliding_window=False))
+    names = dict(blocks='model.layers', attn='self_attn', attn_norm='input_layernorm', mlp_norm='post_attention_layernorm', embed='model.embed_tokens')
+    state = {'.'.join(names.get(part, part) for part in k.split('.')): v for k, v in ours.state_dict().items() if not k.endswith(('scale', 'slope'))}
+    state['model.norm.weight'] = state.pop('norm.weight')
+    theirs.load_state_dict(state)                    # strict: every weight has its counterpart
+    idx = tokens(2, 40)
+    close(ours(idx)[0], theirs(idx).logits)
