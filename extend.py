@@ -61,7 +61,7 @@ def windows(docs, longest, stride, tokens):
 
 
 @torch.inference_mode()
-def perplexity(model, docs, lengths, stride, tokens, env, batch_tokens):
+def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens):
     """-> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over scored tokens, in nats."""
     ends, rows = windows(docs, max(lengths), stride, tokens), []
     n_docs = len({id(d) for d, _ in ends})
@@ -70,7 +70,7 @@ def perplexity(model, docs, lengths, stride, tokens, env, batch_tokens):
             mine, total = ends[env.rank::env.world], torch.zeros(1, dtype=torch.float64)
             size = max(1, batch_tokens // length)
             for i in range(0, len(mine), size):
-                w = torch.stack([torch.from_numpy(d[e - length:e].astype('int64')) for d, e in mine[i:i + size]]).to(env.device)
+                w = io.anchor([d[e - length:e] for d, e in mine[i:i + size]], bos).to(env.device)
                 with env.autocast():
                     loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
                 total += loss.item() * len(w) * stride
@@ -118,9 +118,9 @@ def entropies(model, docs, T, env, samples=4):
     return total.cpu() / len(docs)
 
 
-def evaluate(model, docs, lengths, args, env):
+def evaluate(model, docs, bos, lengths, args, env):
     """Perplexity by length, and entropy in 32 bands of positions: rows {layer, head, position (the band's last), entropy}."""
-    ppl = perplexity(model, docs, lengths, args.stride, args.eval_tokens, env, args.batch_tokens)
+    ppl = perplexity(model, docs, bos, lengths, args.stride, args.eval_tokens, env, args.batch_tokens)
     ent = entropies(model, docs, max(lengths), env)
     T = ent.size(-1)
     edges = [T * i // 32 for i in range(33)]
@@ -133,14 +133,14 @@ def evaluate(model, docs, lengths, args, env):
 # extending
 
 @torch.no_grad()
-def uniform(model, data, args, env):
+def uniform(model, data, bos, args, env):
     """Tries every lambda of args.grid on the same batches at args.length -> (best lambda, [(lambda, loss)])."""
     curve = []
     for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
         set_heads(model, lam)
         total = torch.zeros((), dtype=torch.float64, device=env.device)
         for i in range(args.grid_batches):           # a seed of its own: not the batches that head tuning sees
-            for x, y in batch(data, args, env, (args.seed, 1), i):
+            for x, y in batch(data, bos, args, env, (args.seed, 1), i):
                 with env.autocast():
                     total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
         if env.world > 1:
@@ -168,13 +168,13 @@ def yarn(c, length):
     return [f * (1 - r) + f / s * r for f, r in zip(freq, slow)], (0.1 * math.log(s) + 1) ** 2
 
 
-def batch(data, args, env, seed, step):
+def batch(data, bos, args, env, seed, step):
     """This rank's micro-batches of one global batch of args.batch rows."""
-    x, y = io.get_batch(data, args.batch, args.length, seed, step, env.rank, env.world)
+    x, y = io.get_batch(data, bos, args.batch, args.length, seed, step, env.rank, env.world)
     return [(a.to(env.device), b.to(env.device)) for a, b in zip(x.split(args.micro_batch), y.split(args.micro_batch))]
 
 
-def tune(model, data, args, env):
+def tune(model, data, bos, args, env):
     """
     The paper's head-based tuning of the temperatures that `model` has now: everything else frozen, language-model loss
     at args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth of the steps, a cosine
@@ -190,7 +190,7 @@ def tune(model, data, args, env):
         t = (step - warmup) / max(1, args.steps - warmup)
         opt.param_groups[0]['lr'] = args.lr * ((step + 1) / warmup if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * t)))
         total = torch.zeros((), device=env.device)
-        for x, y in batch(data, args, env, args.seed, step):
+        for x, y in batch(data, bos, args, env, args.seed, step):
             with env.autocast():
                 loss = net(x, y)[1] * len(x) / args.batch
             loss.backward()
@@ -336,7 +336,7 @@ def main():
 
     results, name = {}, io.stem(args.ckpt)
     if args.eval_tokens:
-        results[name] = evaluate(model, docs, lengths, args, env)
+        results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
         if env.master:
             write_csv(f'{out}/{name}.ppl.csv', results[name][0])
             write_csv(f'{out}/{name}.entropy.csv', results[name][1])
@@ -347,10 +347,10 @@ def main():
             model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
             set_heads(model, lam)
         if args.method == 'uniform' or args.method == 'head' and args.init == 'best':
-            best, curve = uniform(model, data, args, env)
+            best, curve = uniform(model, data, meta['bos'], args, env)
         if args.method == 'head':
             set_heads(model, best if args.init == 'best' else args.init)
-            losses = tune(model, data, args, env)
+            losses = tune(model, data, meta['bos'], args, env)
             env.print('temperature of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model).tolist()))
         name = f'{args.method}-{args.length}'
         tokens = len(losses) * args.batch * args.length + len(curve) * args.grid_batches * args.batch * args.length
@@ -362,7 +362,7 @@ def main():
                               curve=curve, losses=losses, tokens=tokens, seconds=time.time() - start)))
         env.print(f'{out}/{name}.pt: {tokens:,} tokens, {time.time() - start:.0f} s')
         if args.eval_tokens:
-            results[name] = evaluate(model, docs, lengths, args, env)
+            results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
             if env.master:
                 write_csv(f'{out}/{name}.ppl.csv', results[name][0])
                 write_csv(f'{out}/{name}.entropy.csv', results[name][1])

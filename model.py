@@ -51,6 +51,8 @@ class GPTConfig:
             raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
         if self.pe == 'rope' and (self.n_embd // self.n_head) % 2:
             raise ValueError(f'pe=rope rotates pairs: head size {self.n_embd // self.n_head} must be even')
+        if self.rope_inv_freq is not None and len(self.rope_inv_freq) != self.n_embd // self.n_head // 2:
+            raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {self.n_embd // self.n_head // 2} pairs')
 
 
 PRESETS = dict(

@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -33,7 +34,7 @@ from model import ENCODINGS, GPT, PRESETS, GPTConfig
 # what each preset trains with unless a flag says otherwise
 RECIPES = dict(
     # chosen by trying on the passkey corpus, see results/README.md
-    tiny=dict(steps=2000, batch_tokens=4096, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
+    tiny=dict(steps=2400, batch_tokens=4096, min_length=64, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
     # GPT-2 small's usual lr; one GPU
     small=dict(steps=8000, batch_tokens=131072, micro_batch=32, optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
@@ -57,6 +58,7 @@ def get_args():
         p.add_argument(f'--{name}', type=int, help='default: the preset\'s')
     # batch
     p.add_argument('--length', type=int, help='tokens a row (default block_size); another length for fine-tuning')
+    p.add_argument('--min_length', type=int, help='each step draws its row length: length, length/2, ... down to this (default: length)')
     p.add_argument('--batch_tokens', type=int, help='tokens a step, over all processes')
     p.add_argument('--micro_batch', type=int, help='rows in one forward pass of one process; the rest is accumulation')
     # optimisation; TinyLlama's values unless the recipe says otherwise
@@ -123,15 +125,21 @@ def lr_factor(step, args):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * t))
 
 
+def row_length(step, args):
+    """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
+    halvings = int(math.log2(args.length / args.min_length))
+    return args.length >> int(np.random.default_rng((args.seed, step, 1)).integers(halvings + 1))
+
+
 @torch.no_grad()
-def validate(model, data, args, env):
+def validate(model, data, bos, args, env):
     """Mean loss in nats over fixed, evenly spaced windows, shared out to all ranks."""
     T = args.length
     n = max(1, min(args.eval_tokens // T, (len(data) - 1) // T))
     starts = [i * (len(data) - 1 - T) // max(1, n - 1) for i in range(n)][env.rank::env.world]
     total = torch.zeros(2, dtype=torch.float64, device=env.device)
     for i in range(0, len(starts), args.micro_batch):
-        x = torch.stack([torch.from_numpy(data[s:s + T + 1].astype('int64')) for s in starts[i:i + args.micro_batch]]).to(env.device)
+        x = io.anchor([data[s:s + T + 1] for s in starts[i:i + args.micro_batch]], bos).to(env.device)
         with env.autocast():
             loss = model(x[:, :-1], x[:, 1:])[1]
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64, device=env.device)
@@ -165,7 +173,7 @@ def main():
         differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
         # steps may grow, the world and the machine may change; what decides the numbers may not
         differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"].get(k)})' for k in ('preset', 'seed', 'batch_tokens', 'optimizer', 'lr', 'muon_lr',
-                    'weight_decay', 'grad_clip', 'warmup', 'init_from') if ckpt['args'].get(k) != getattr(args, k)]
+                    'weight_decay', 'grad_clip', 'warmup', 'min_length', 'init_from') if ckpt['args'].get(k) != getattr(args, k)]
         if ckpt['fingerprint'] != meta['train']['sha256']:
             differs.append(f'--data {args.data} (other tokens than before)')
         if differs:
@@ -192,12 +200,15 @@ def main():
             io.fail(f'{args.data}/{name}.bin has {len(tokens):,} tokens, a row takes {args.length + 1:,}: prepare more text, or lower --length')
 
     # the batch: tokens a step -> rows -> ranks x accumulation x micro-batch
+    args.min_length = min(args.min_length or args.length, args.length)
+    if args.min_length < 1 or args.length % (1 << int(math.log2(args.length / args.min_length))):
+        io.fail(f'--min_length {args.min_length}: --length {args.length} must halve evenly down to it')
     rows, left = divmod(args.batch_tokens, args.length)
     args.micro_batch = min(args.micro_batch, max(1, rows // env.world))
     accum, left2 = divmod(rows, env.world * args.micro_batch)
     if left or left2 or not accum:
         io.fail(f'--batch_tokens {args.batch_tokens} must be a multiple of length {args.length} x {env.world} processes x --micro_batch {args.micro_batch}')
-    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens')
+    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens' + (f' (or more rows of {args.min_length} up)' if args.min_length < args.length else ''))
 
     io.preflight(args.out, 3 * 12 * sum(p.numel() for p in model.parameters()))
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
@@ -261,10 +272,11 @@ def main():
         signal.signal(s, on_signal)
 
     def next_batch(step):
-        x, y = io.get_batch(data, rows, args.length, args.seed, step, env.rank, env.world)
+        T = row_length(step, args)
+        x, y = io.get_batch(data, meta['bos'], args.batch_tokens // T, T, args.seed, step, env.rank, env.world)
         if 'cuda' in env.device:
             x, y = (t.contiguous().pin_memory().to(env.device, non_blocking=True) for t in (x, y))
-        return x.split(args.micro_batch), y.split(args.micro_batch)
+        return x.split(args.micro_batch * args.length // T), y.split(args.micro_batch * args.length // T)
 
     x, y = next_batch(step)
     started, clock, clock_step = time.time(), time.time(), step
@@ -275,7 +287,7 @@ def main():
             save()
             saved = step
         if step % args.eval_every == 0 or step == args.steps:
-            val_loss = validate(raw, val, args, env)
+            val_loss = validate(raw, val, meta['bos'], args, env)
             log(dict(step=step, tokens=tokens_seen, val_loss=val_loss), f'step {step:,}/{args.steps:,} | val loss {val_loss:.4f}')
             clock, clock_step = time.time(), step
         if step >= args.steps:

@@ -203,15 +203,27 @@ def documents(data, meta, split):
     return [data[a:b] for a, b in zip(starts, starts[1:])]
 
 
-def get_batch(data, rows, T, seed, step, rank=0, world=1):
+def get_batch(data, bos, rows, T, seed, step, rank=0, world=1):
     """
     The batch of one step, a pure function of (seed, step): `rows` windows drawn for all ranks together, of which this
     rank gets its own. Any number of ranks sees the same global batch, and resuming needs no state.
-    Returns idx, targets, int64, (rows / world, T) each.
+    Returns idx, targets, int64, (rows / world, T) each; every row begins with `bos` (see anchor).
     """
     start = np.random.default_rng((seed, step)).integers(len(data) - T, size=rows)[rank * rows // world:(rank + 1) * rows // world]
-    x = torch.from_numpy(np.stack([data[i:i + T + 1] for i in start]).astype(np.int64))
+    x = anchor([data[i:i + T + 1] for i in start], bos)
     return x[:, :-1], x[:, 1:]
+
+
+def anchor(windows, bos):
+    """
+    Windows of equal length cut out of a stream -> int64 (B, T), the first token of each replaced by `bos` (unless None).
+    NoPE reads positions off the attention that this one known token still gets (Kazemnejad et al. 2023, theorem 1); a
+    temperature can rescale them then.
+    """
+    x = torch.from_numpy(np.stack(windows).astype(np.int64))
+    if bos is not None:
+        x[:, 0] = bos
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

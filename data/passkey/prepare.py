@@ -45,12 +45,12 @@ def get_encoding():
                              special_tokens={'<|endoftext|>': len(words)})
 
 
-def passkey_document(rng, n, encode):
+def passkey_document(rng, n, encode, gap):
     """At least n ids: the task, garbage, the key told once, and from then on the question: often in some documents, rarely in others."""
     key = rng.integers(10000, 100000)
     info, asked = encode(INFO.format(key=key)), encode(QUESTION + ANSWER.format(key=key) + '.')
     garbage = [encode(g) for g in GARBAGE]
-    ids, told, gap = list(encode(TASK)), False, np.exp(rng.uniform(np.log(2), np.log(50)))     # sentences between questions, on average
+    ids, told, gap = list(encode(TASK)), False, np.exp(rng.uniform(np.log(2), np.log(gap)))     # sentences between questions, on average
     at = len(ids) + rng.integers(0, max(1, min(n, 512) // 2 - len(ids)))
     while len(ids) < n:
         for i in rng.integers(0, len(garbage), size=1 + rng.poisson(gap) if told else 1):
@@ -63,7 +63,7 @@ def passkey_document(rng, n, encode):
     return ids
 
 
-def story_document(rng, n, encode):
+def story_document(rng, n, encode, gap):
     """At least n ids: three to eight people, each with a home and a thing of some colour, told over and over."""
     people = rng.permutation(NAMES)[:rng.integers(3, 9)]
     places, things = rng.permutation(PLACES), rng.permutation(THINGS)
@@ -72,13 +72,13 @@ def story_document(rng, n, encode):
     return [i for f in rng.integers(0, len(facts), size=n // 5 + 1) for i in facts[f]]      # five to six ids a fact
 
 
-def generate(tokens, retrieval, seed):
+def generate(tokens, retrieval, gap, seed):
     """Yields documents until there are `tokens` ids; a share `retrieval` of them are passkey documents."""
     rng, encode = np.random.default_rng(seed), functools.cache(get_encoding().encode_ordinary)
     while tokens > 0:
         n = int(np.exp(rng.uniform(np.log(64), np.log(4096))))
         make = passkey_document if rng.random() < retrieval else story_document
-        ids = make(rng, n, encode)[:n]
+        ids = make(rng, n, encode, gap)[:n]
         tokens -= len(ids) + 1
         yield ids
 
@@ -89,13 +89,14 @@ def main():
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
     p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')
+    p.add_argument('--gap', type=float, default=25, help='most sentences between two questions of a passkey document, on average')
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     if not 0 <= args.retrieval <= 1:
         fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
     if args.tokens < 1:
         fail(f'--tokens {args.tokens} must be at least 1')
-    splits = {'train': generate(args.tokens, args.retrieval, (args.seed, 0)), 'val': generate(min(args.tokens, 1_000_000), args.retrieval, (args.seed, 1))}
+    splits = {'train': generate(args.tokens, args.retrieval, args.gap, (args.seed, 0)), 'val': generate(min(args.tokens, 1_000_000), args.retrieval, args.gap, (args.seed, 1))}
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
         print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {len(meta[split]["docs"]):,} documents, vocabulary {meta["vocab_size"]}')
