@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
+import tempfile
 import zipfile
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,25 +146,32 @@ def write_data(out, tokenizer, splits, source):
     splits: {'train': documents, 'val': documents}, each an iterable of arrays of ids, written one by one with
     tokenizer.bos in front of each. Returns the meta, in which `docs` lists where each document begins.
     """
-    os.makedirs(out, exist_ok=True)
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name, source=source)
-    for split, docs in splits.items():
-        starts, n, sha = [], 0, hashlib.sha256()
-        with open(f'{out}/.{split}.bin.tmp', 'wb') as f:
-            for ids in docs:
-                head = [] if tokenizer.bos is None else [tokenizer.bos]
-                ids = np.concatenate((np.array(head, dtype), np.asarray(ids, dtype)))
-                starts.append(n)
-                n += len(ids)
-                sha.update(ids.tobytes())
-                f.write(ids.tobytes())
-        meta[split] = dict(tokens=n, sha256=sha.hexdigest(), docs=starts)
-    for split in splits:
-        os.replace(f'{out}/.{split}.bin.tmp', f'{out}/{split}.bin')
-    with open(f'{out}/.meta.json.tmp', 'w') as f:
-        json.dump(meta, f)
-    os.replace(f'{out}/.meta.json.tmp', f'{out}/meta.json')
+    files = [f'{split}.bin' for split in splits] + ['meta.json']
+    try:
+        os.makedirs(out, exist_ok=True)
+        for split, docs in splits.items():
+            starts, n, sha = [], 0, hashlib.sha256()
+            with open(f'{out}/.{split}.bin.tmp', 'wb') as f:
+                for ids in docs:
+                    head = [] if tokenizer.bos is None else [tokenizer.bos]
+                    ids = np.concatenate((np.array(head, dtype), np.asarray(ids, dtype)))
+                    starts.append(n)
+                    n += len(ids)
+                    sha.update(ids.tobytes())
+                    f.write(ids.tobytes())
+            meta[split] = dict(tokens=n, sha256=sha.hexdigest(), docs=starts)
+        with open(f'{out}/.meta.json.tmp', 'w') as f:
+            json.dump(meta, f)
+        for file in files:
+            os.replace(f'{out}/.{file}.tmp', f'{out}/{file}')
+    except OSError as e:
+        fail(f'--out {out} cannot be written ({e.strerror}): free some space or choose another folder')
+    finally:                                         # nothing is there any more but after a failure
+        for file in files:
+            with suppress(OSError):
+                os.remove(f'{out}/.{file}.tmp')
     return meta
 
 
@@ -176,7 +182,8 @@ def open_data(path, split):
     try:
         with open(f'{path}/meta.json') as f:
             meta = json.load(f)
-        n, dtype = meta[split]['tokens'], np.dtype(meta['dtype'])
+        n, dtype, vocab_size = meta[split]['tokens'], np.dtype(meta['dtype']), meta['vocab_size']
+        meta['bos'], meta[split]['docs']             # used later: missing shows now
     except FileNotFoundError:
         fail(f'{path}/meta.json is missing: prepare the data again')
     except (ValueError, KeyError, TypeError) as e:
@@ -191,9 +198,9 @@ def open_data(path, split):
     data = np.memmap(file, dtype, 'r')
     for i in range(0, n, 2**24):
         part = data[i:i + 2**24]
-        if part.max() >= meta['vocab_size']:
+        if part.max() >= vocab_size:
             at = i + int(part.argmax())
-            fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {meta["vocab_size"]}: prepare the data again')
+            fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {vocab_size}: prepare the data again')
     return data, meta
 
 
@@ -245,7 +252,9 @@ def save_checkpoint(path, ckpt, keep=True):
             os.replace(path, path.removesuffix('.pt') + '.prev.pt')
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
-        fail(f'could not save {path} ({str(e).splitlines()[0]}): free some space or choose another --out; what was saved before is intact')
+        with suppress(OSError):                      # half a file would go on filling the disk
+            os.remove(tmp)
+        fail(f'could not save {path} ({str(e).partition(chr(10))[0]}): free some space or choose another --out; what was saved before is intact')
 
 
 def find_checkpoint(path):
@@ -266,7 +275,8 @@ def load_checkpoint(path):
     other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''
     try:
         with zipfile.ZipFile(file) as z:             # torch.load does not look at the checksums
-            bad = z.testzip()
+            # a folder's mark in the directory makes torch leave the tensor unread, without a word
+            bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
         if bad:
             fail(f'{file} is damaged (checksum of {bad}): restore it or train again{other}')
         ckpt = torch.load(file, map_location='cpu', weights_only=True)
@@ -307,9 +317,8 @@ def preflight(out, need_bytes):
     """Before long work: the folder can be written, has room for need_bytes, and no living run holds it (a lock)."""
     try:
         os.makedirs(out, exist_ok=True)
-        with open(f'{out}/.write-test', 'w'):
+        with tempfile.TemporaryFile(dir=out):        # a name of its own: all ranks come here at once
             pass
-        os.remove(f'{out}/.write-test')
     except OSError as e:
         fail(f'--out {out} cannot be written ({e.strerror}): choose another folder')
     free = shutil.disk_usage(out).free

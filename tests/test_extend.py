@@ -340,10 +340,11 @@ def test_heat_map_marks_the_training_length(block_size, marked):
 
 @pytest.mark.parametrize('case', [
     '--ckpt nowhere : nowhere train.py', '--ckpt {corpus} : {corpus} no checkpoint meta.json', '--ckpt {corpus}/val.bin : val.bin not a whole',
-    '--ckpt {lfs} : {lfs} not a whole', '--data nowhere : nowhere', '--data {other} : vocabulary 257', '--out {corpus}/val.bin/x', '--device cuda', '--stride 0',
-    '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
+    '--ckpt {lfs} : {lfs} not a whole', '--data nowhere : nowhere', '--data {other} : vocabulary 257', '--out {corpus}/val.bin/x', '--device cuda',
+    '--stride 0', '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
     '--length 0', '--length -1', '--length 70000 : --length 70,000 train.bin', '--init 0.9 : --init 0.9 focus', '--init nan', '--grid nan,1',
-    '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1', '--eval_tokens -1'])
+    '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1',
+    '--eval_tokens -1'])
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     lfs = tmp_path / 'lfs.pt'
@@ -353,8 +354,8 @@ def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize('case', [
-    '--ckpt nowhere : nowhere', '--ckpt {corpus}/val.bin : val.bin not a whole', '--lengths 96,20 : 20 too short', '--depths 0', '--trials 0', '--seed -1',
-    '--batch_tokens 0', '--out {corpus}/val.bin/x'])
+    '--ckpt nowhere : nowhere', '--ckpt {corpus}/val.bin : val.bin not a whole', '--lengths 96,20 : 20 too short', '--out {corpus}/val.bin/x',
+    '--depths 0', '--trials 0', '--seed -1', '--batch_tokens 0'])
 def test_bad_input_of_eval_passkey(case, corpus, trained, tmp_path, capsys):
     refused(capsys, eval_passkey.main, f'--ckpt {trained} --out {tmp_path}/out {CPU}', case.format(corpus=corpus))
     assert not (tmp_path / 'out').exists()

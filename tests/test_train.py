@@ -315,7 +315,7 @@ def test_checkpoint_form(trained):
     assert all((v == k.endswith('scale')).all() for k, v in ckpt['model'].items() if k.endswith(('scale', 'slope')))
 
 
-@pytest.mark.skipif(not (os.environ.get('NANONOPE_SLOW') and shutil.which('g++')), reason='half a minute: NANONOPE_SLOW=1, with g++')
+@pytest.mark.skipif(not (os.environ.get('NANONOPE_SLOW') and shutil.which('g++')), reason='minutes: NANONOPE_SLOW=1, with g++')
 def test_compiled_run_saves_the_bare_module(corpus, tmp_path):
     for flag in '--compile', '--no-compile':
         assert run(train.main, TINY, flag, f'--steps 3 --optimizer adamw --lr 1e-4 --data {corpus} --out {tmp_path}/{flag}') == 0
@@ -382,8 +382,8 @@ def test_bad_flags(flags, corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize('straight', ['adamw'], indirect=True)
 @pytest.mark.parametrize('case', [
-    '--seed 6', '--batch_tokens 512', '--optimizer muon', '--lr 1e-4', '--warmup 4', '--weight_decay 0.2', '--grad_clip 2', '--length 32', '--pe rope',
-    '--n_layer 2', '--no-qk_norm : qk_norm False', '--data {other}', '--init_from {trained}'])
+    '--seed 6', '--batch_tokens 512', '--optimizer muon', '--lr 1e-4', '--warmup 4', '--weight_decay 0.2', '--grad_clip 2', '--length 32',
+    '--pe rope', '--n_layer 2', '--no-qk_norm : qk_norm False', '--data {other}', '--init_from {trained}'])
 def test_resume_refuses_what_would_change_the_run(case, straight, other, trained, capsys):
     refused(capsys, train.main, f'{straight.flags} --steps 50 --resume --out {straight.out}', case.format(other=other, trained=trained))
     assert state(straight.out) == straight.state

@@ -2,7 +2,7 @@
 The synthetic corpus of the tiny reproduction: generated, no download, a vocabulary of about a hundred words.
 
     python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey
-    python -m data.passkey.prepare --out data/passkey_tune --retrieval 0.7     # the extension corpus
+    python -m data.passkey.prepare --out data/passkey_tune --retrieval 0.7 --gap 200 --seed 1     # the extension corpus
 
 Documents of random length (log-uniform, 64 to 4096 tokens), of two kinds in random order:
   passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once, and
@@ -89,13 +89,17 @@ def main():
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
     p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')
-    p.add_argument('--gap', type=float, default=25, help='most sentences between two questions of a passkey document, on average')
+    p.add_argument('--gap', type=float, default=6, help='most sentences between two questions of a passkey document, on average')
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     if not 0 <= args.retrieval <= 1:
         fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
     if args.tokens < 1:
         fail(f'--tokens {args.tokens} must be at least 1')
+    if args.seed < 0:
+        fail(f'--seed {args.seed} must not be negative')
+    if not 2 <= args.gap <= 1000:
+        fail(f'--gap {args.gap} must lie between 2 and 1000')
     splits = {'train': generate(args.tokens, args.retrieval, args.gap, (args.seed, 0)), 'val': generate(min(args.tokens, 1_000_000), args.retrieval, args.gap, (args.seed, 1))}
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
