@@ -3,7 +3,7 @@ The sweep behind make reproduce, make table and make figure: runs the scripts as
 in one, prints one table and the heat maps. What is there already is not run again.
 
     python -m results.reproduce --scale tiny                              # the headline, one seed
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --ablations    # results/tiny.csv
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --ablations    # results/tiny.csv, and the figure with --plot
 """
 import argparse
 import csv
@@ -15,13 +15,14 @@ import sys
 import time
 
 from data import io
+from eval_passkey import heat_map
 
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
-    toy=dict(data='--tokens 60000', train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
+    toy=dict(block_size=128, data='--tokens 60000', train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
              tune='--length 256 --steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=dict(data='--tokens 12000000', train='--dtype fp32', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
+    tiny=dict(block_size=256, data='--tokens 12000000', train='--dtype fp32', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
               measure='--eval_tokens 16384 --stride 128', passkey='--depths 10 --trials 20'),
 )
 # row, the run it starts from, extend.py's flags (None: the trained model itself), the corpus it is tuned on
@@ -73,21 +74,48 @@ def table(rows, order, lengths, L):
     return '\n'.join(out)
 
 
+def where(out, base, seed, name):
+    """Folder of a row's results: out/tiny, nope, 1, 'NoPE head, no focus' -> out/tiny/nope-1/nope-head-no-focus."""
+    return f'{out}/{base}-{seed}/{name.replace(",", "").replace(" ", "-").lower()}'
+
+
+def plot(rows, order, lengths, L, file):
+    try:
+        import matplotlib
+    except ImportError:
+        io.fail('--plot needs matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for ax, key, label in zip(axes, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
+        for name in order:
+            cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
+            if all(cells):
+                line, = ax.plot(range(len(lengths)), [statistics.mean(c) for c in cells], marker='o', label=name)
+                ax.fill_between(range(len(lengths)), [min(c) for c in cells], [max(c) for c in cells], color=line.get_color(), alpha=0.15)
+        ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
+        ax.set_xticks(range(len(lengths)), [f'{n / L:g}x\n{n}' for n in lengths])
+        ax.set(xlabel='length (dashed: training length)', ylabel=label)
+    axes[0].legend()
+    fig.savefig(file, dpi=130)
+    print(file)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument('--scale', default='tiny')
     p.add_argument('--seeds', type=io.int_list, default=[1])
     p.add_argument('--ablations', action='store_true', help='also the rows that take the method apart')
     p.add_argument('--out', default='out', help='folder for data and runs')
+    p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length')
     p.add_argument('--csv', help='where the rows go (default OUT/SCALE/table.csv; with --ablations results/SCALE.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
     scale, out = SCALES[args.scale], f'{args.out}/{args.scale}'
     file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
-    lengths, L = io.int_list(scale['lengths']), None
+    lengths, L = io.int_list(scale['lengths']), scale['block_size']
     todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
-    maps = []
     for corpus, flags in (('passkey', '--retrieval 0.5'), ('passkey_tune', '--retrieval 0.7 --gap 200 --seed 1')):
         if not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} {flags} {scale["data"]}')
@@ -99,14 +127,14 @@ def main():
             began, ckpt = time.time(), f'{out}/{base}-{seed}'
             # --resume: a sweep that was stopped goes on where it was
             run('train.py', f'--preset tiny --pe {base} --data {out}/passkey --out {ckpt} --seed {seed} --resume {scale["train"]}')
-            where = f'{ckpt}/{name.replace(",", "").replace(" ", "-").lower()}'
+            folder = where(out, base, seed, name)
             if method:
-                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {where} --eval_tokens 0')
-                ckpt = f'{where}/{next(f for f in os.listdir(where) if f.endswith(".pt") and not f.startswith(".") and "prev" not in f)}'
-            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey --method none --lengths {scale["lengths"]} --out {where} {scale["measure"]}')
-            run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {where} {scale["passkey"]}')
+                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {folder} --eval_tokens 0')
+                ckpt = f'{folder}/{next(f for f in os.listdir(folder) if f.endswith(".pt") and not f.startswith(".") and "prev" not in f)}'
+            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey --method none --lengths {scale["lengths"]} --out {folder} {scale["measure"]}')
+            run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {folder} {scale["passkey"]}')
             stem = io.stem(ckpt)
-            ppl, pk = read_csv(f'{where}/{stem}.ppl.csv'), read_csv(f'{where}/{stem}.passkey.csv')
+            ppl, pk = read_csv(f'{folder}/{stem}.ppl.csv'), read_csv(f'{folder}/{stem}.passkey.csv')
             for row in ppl:
                 hits = [int(r['accuracy']) for r in pk if r['length'] == row['length']]
                 done.append(dict(seed=seed, row=name, length=row['length'], loss=f'{float(row["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
@@ -116,8 +144,15 @@ def main():
                 w.writeheader()
                 w.writerows(done)
             os.replace(f'{file}.tmp', file)
-    L = io.load_checkpoint(f'{out}/nope-{args.seeds[0]}')['config']['block_size'] if L is None else L
+    for name, base, method, _ in ROWS:               # the first seed's; the others are in the same folders
+        folder = where(out, base, args.seeds[0], name)
+        for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            if f.endswith('.passkey.csv'):
+                print(f'\n{name}, seed {args.seeds[0]}: passkey accuracy\n' + heat_map(
+                    [{k: float(v) if k != 'length' else int(v) for k, v in r.items()} for r in read_csv(f'{folder}/{f}')], L))
     print('\n' + table([r for r in done if int(r['seed']) in args.seeds], [r[0] for r in todo], lengths, L))
+    if args.plot:
+        plot(done, [r[0] for r in todo], lengths, L, args.plot)
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

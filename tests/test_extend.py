@@ -77,23 +77,24 @@ def test_tuning_changes_the_temperatures_only(extended, trained):
 def test_tuning_follows_the_paper(focus):
     model, data, args = build(), some(2000), knobs(focus=focus)
     extend.set_heads(model, 1.05)
-    ref = copy.deepcopy(model).double()
-    losses = extend.tune(model, data, args, ENV)
+    model.lm_head.weight.mul_(10)                    # gradients large enough to be clipped
+    ref, clipped = copy.deepcopy(model).double(), 0
+    losses = extend.tune(model, data, 7, args, ENV)
     lam, m, v = torch.full((2, 4), 1.05).double(), 0, 0
     for t in range(20):                              # AdamW without decay, its gradient from the whole logits
         for b, row in zip(ref.blocks, lam):
             b.attn.scale = torch.nn.Parameter(row.clone())
-        x, y = io.get_batch(data, 8, 40, 3, t)
+        x, y = io.get_batch(data, 7, 8, 40, 3, t)
         loss = F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten())
         assert losses[t] == pytest.approx(loss.item(), abs=1e-5)
         g = torch.stack(torch.autograd.grad(loss, [b.attn.scale for b in ref.blocks]))
-        g = g / max(1, g.norm())
+        g, clipped = g / max(1, g.norm()), clipped + (g.norm() > 1)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g ** 2
         lr = 0.03 * (0.5, 1)[t] if t < 2 else 0.03 * (0.55 + 0.45 * math.cos(math.pi * (t - 2) / 18))
         lam = lam - lr * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
         lam = lam.clamp(min=1) if focus else lam
     torch.testing.assert_close(extend.heads(model).double(), lam, atol=1e-4, rtol=0)
-    assert (lam.min() >= 1) == focus and lam.std() > 0.05
+    assert (lam.min() >= 1) == focus and lam.std() > 0.05 and 0 < clipped
 
 
 def test_focus_holds_at_any_rate():
@@ -101,7 +102,7 @@ def test_focus_holds_at_any_rate():
     for focus in True, False:
         model = build()
         extend.set_heads(model, 1)
-        extend.tune(model, some(2000), knobs(lr=5, steps=3, focus=focus), ENV)
+        extend.tune(model, some(2000), 7, knobs(lr=5, steps=3, focus=focus), ENV)
         lowest.append(extend.heads(model).min())
     assert lowest[0] >= 1 > lowest[1]
 
@@ -110,20 +111,20 @@ def test_micro_batches_change_nothing():
     made, data = [], some(2000)
     for micro in 8, 1, 3:
         model, args = build(), knobs(micro_batch=micro, steps=10)
-        curve = extend.uniform(model, data, args, ENV)[1]
-        made.append(np.concatenate((np.array(curve)[:, 1], extend.tune(model, data, args, ENV), extend.heads(model).flatten())))
+        curve = extend.uniform(model, data, 7, args, ENV)[1]
+        made.append(np.concatenate((np.array(curve)[:, 1], extend.tune(model, data, 7, args, ENV), extend.heads(model).flatten())))
     for m in made[1:]:
         np.testing.assert_allclose(m, made[0], atol=1e-5)
 
 
 def test_uniform_takes_the_lowest_loss(capsys):
     model, data, args = build(), some(2000), knobs()
-    best, curve = extend.uniform(model, data, args, ENV)
+    best, curve = extend.uniform(model, data, 7, args, ENV)
     ref = copy.deepcopy(model).double()
     for lam, loss in curve:
         for b in ref.blocks:
             b.attn.scale.fill_(lam)
-        batches = [io.get_batch(data, 8, 40, (3, 1), i) for i in range(2)]
+        batches = [io.get_batch(data, 7, 8, 40, (3, 1), i) for i in range(2)]
         want = [F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten()).item() for x, y in batches]
         assert loss == pytest.approx(sum(want) / 2, abs=1e-5)
     assert [lam for lam, _ in curve] == args.grid and best == min(curve, key=lambda c: c[1])[0] == args.grid[0]
@@ -140,20 +141,40 @@ def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
     assert os.listdir(tmp_path) == ['head-128.pt']   # --eval_tokens 0 measures nothing
 
 
+def test_yarn(corpus, tmp_path, capsys):
+    c = GPTConfig(block_size=1024, n_embd=128, n_head=2, n_kv_head=2, pe='rope')
+    freq, lam = extend.yarn(c, 4096)
+    plain = [10000 ** (-i / 32) for i in range(32)]
+    ratio = [f / p for f, p in zip(freq, plain)]
+    # kept above 32 turns in the training length, divided by 4 below one, in between in between
+    assert ratio == sorted(ratio, reverse=True) and any(0.3 < r < 0.9 for r in ratio)
+    assert all(r == pytest.approx(1 if 1024 * p / math.tau >= 32 else 1 / 4) for r, p in zip(ratio, plain) if not 1 < 1024 * p / math.tau < 32)
+    assert lam == pytest.approx((0.1 * math.log(4) + 1) ** 2) and extend.yarn(c, 1024) == (pytest.approx(plain), 1)
+    assert run(train.main, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}') == 0
+    assert run(extend.main, HEAD, f'--method yarn --ckpt {tmp_path} --data {corpus}') == 0
+    old, new = (io.load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'yarn-128'))
+    freq, lam = extend.yarn(GPTConfig(**old['config']), 128)
+    assert new['config'] == {**old['config'], 'rope_inv_freq': freq}
+    assert all((v == torch.tensor(lam)).all() if k.endswith('scale') else bits(v) == bits(old['model'][k]) for k, v in new['model'].items())
+    assert run(eval_passkey.main, f'--ckpt {tmp_path}/yarn-128.pt --lengths 96 --depths 1 --trials 1 {CPU}') == 0
+    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/yarn-128.pt --data {corpus} --method yarn', ' : yarn unextended')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # perplexity and entropy
 
-@pytest.mark.parametrize('stride, asked', [(8, 64), (7, 200), (20, 10**6)])
-def test_every_length_scores_the_same_tokens(stride, asked):
+@pytest.mark.parametrize('stride, asked, bos', [(8, 64, 7777), (7, 200, 7777), (20, 10**6, None)])
+def test_every_length_scores_the_same_tokens(stride, asked, bos):
     docs = [np.arange(n) + 1000 * i for i, n in enumerate((420, 50, 300, 110))]      # a token says where it stands
     seen = {}
 
     def model(x, y, rows):
         whole = torch.cat((x, y[:, -1:]), dim=1)
-        assert (whole.diff() == 1).all() and torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
+        assert (whole[:, bos is not None:].diff() == 1).all() and (whole[:, 0] == (bos or whole[:, 1] - 1)).all()
+        assert torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
         seen.setdefault(whole.size(1), []).append(y.flatten())
         return None, torch.tensor(1.0)
-    got = extend.perplexity(model, docs, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
+    got = extend.perplexity(model, docs, bos, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
     assert list(seen) == [21, 48, 96]                # a window is exactly the length named
     scored = [torch.cat(s).sort()[0] for s in seen.values()]
     assert all(torch.equal(s, scored[0]) for s in scored) and scored[0].unique().numel() == scored[0].numel()
@@ -170,11 +191,11 @@ def test_perplexity_is_the_plain_one():
     for length in 10, 25, 40:
         nll = []
         for d, end in extend.windows(docs, 40, 6, 60):
-            w = torch.from_numpy(d[end - length:end].astype(np.int64))
+            w = torch.tensor([7, *d[end - length + 1:end].tolist()])
             nll += [-ref(w[None, :-1])[0][0, i - 1].log_softmax(-1)[w[i]].item() for i in range(length - 6, length)]
         want.append(sum(nll) / len(nll))
     for batch_tokens in 1, 10**6:
-        got = extend.perplexity(model, docs, [10, 25, 40], 6, 60, ENV, batch_tokens)
+        got = extend.perplexity(model, docs, 7, [10, 25, 40], 6, 60, ENV, batch_tokens)
         assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(np.exp(want).tolist(), rel=1e-5)
 
 
@@ -182,7 +203,7 @@ def test_perplexity_is_the_plain_one():
 def test_uniform_model_has_the_vocabulary_as_perplexity(stride):
     model = build()
     model.lm_head.weight.zero_()
-    got = extend.perplexity(model, [some(150)], [10, 16, 77], stride, 200, ENV, 100)
+    got = extend.perplexity(model, [some(150)], 7, [10, 16, 77], stride, 200, ENV, 100)
     assert [r['ppl'] for r in got] == pytest.approx([50] * 3, rel=1e-5)
 
 
@@ -344,7 +365,7 @@ def test_heat_map_marks_the_training_length(block_size, marked):
     '--stride 0', '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
     '--length 0', '--length -1', '--length 70000 : --length 70,000 train.bin', '--init 0.9 : --init 0.9 focus', '--init nan', '--grid nan,1',
     '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1',
-    '--eval_tokens -1'])
+    '--eval_tokens -1', '--method yarn : yarn rope nope'])
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     lfs = tmp_path / 'lfs.pt'

@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)                             # bit for bit needs one number of threads in every process
 CPU = '--device cpu --dtype fp32'
 SHAPE = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48'
-BATCH = f'--batch_tokens 256 --micro_batch 2 --eval_tokens 256 --seed 5 --log_every 1 {CPU}'
+BATCH = f'--batch_tokens 256 --min_length 16 --micro_batch 2 --eval_tokens 256 --seed 5 --log_every 1 {CPU}'
 TINY = f'{SHAPE} {BATCH}'
 SCHEDULE = '--steps 40 --decay_steps 40 --warmup 5 --eval_every 10 --optimizer'     # and which
 
@@ -57,10 +57,10 @@ def child(main, flags, log, env, step, act):
         os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
     draw = io.get_batch
 
-    def get_batch(data, rows, T, seed, at, *ranks):
+    def get_batch(data, bos, rows, T, seed, at, *ranks):
         if at == step:
             act()
-        return draw(data, rows, T, seed, at, *ranks)
+        return draw(data, bos, rows, T, seed, at, *ranks)
     io.get_batch = get_batch
     sys.exit(run(main, *flags))
 
@@ -120,7 +120,7 @@ def close(a, b):
 def corpus(tmp_path_factory):
     """A passkey corpus of some 60k tokens, in which documents of val are long enough for 8 times the training length."""
     out = str(tmp_path_factory.mktemp('corpus'))
-    splits = dict(train=passkey.generate(40_000, 0.5, (0, 0)), val=passkey.generate(20_000, 0.5, (0, 1)))
+    splits = dict(train=passkey.generate(40_000, 0.5, 6, (0, 0)), val=passkey.generate(20_000, 0.5, 6, (0, 1)))
     io.write_data(out, io.get_tokenizer('passkey'), splits, '')
     return out
 
@@ -162,6 +162,14 @@ def test_resume_is_bit_for_bit(k, straight, tmp_path):
     assert [r['step'] for r in straight.rows if 'loss' in r] == list(range(1, 41))
     assert [r['step'] for r in straight.rows if 'val_loss' in r] == [0, 10, 20, 30, 40]
     assert len(straight.state['optimizer']) == (2 if 'muon' in straight.out else 1)
+
+
+@pytest.mark.parametrize('flags, more', [
+    ('--preset small --steps 2', '--steps 3'), ('--block_size 32 --steps 2', '--steps 3'), ('--steps 9', '--steps 20')])
+def test_resume_needs_no_flag_that_was_not_given(flags, more, corpus, tmp_path):
+    base = f'{TINY} {flags} --data {corpus} --out {tmp_path}'.replace('--min_length 16 ', '')
+    assert run(train.main, base) == 0 and run(train.main, base, '--resume', more) == 0
+    assert io.load_checkpoint(str(tmp_path))['step'] == int(more.split()[1])
 
 
 @pytest.mark.parametrize('number, world', [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -285,6 +293,13 @@ def test_it_learns(tmp_path):
         assert before > 4.5 and after < 0.5
 
 
+def test_row_lengths():
+    drawn = [train.row_length(step, SimpleNamespace(length=96, min_length=20, seed=5)) for step in range(300)]
+    assert all(drawn.count(T) > 75 for T in (96, 48, 24))                # halved as often as the shortest allows, each as often
+    assert drawn == [train.row_length(step, SimpleNamespace(length=96, min_length=20, seed=5)) for step in range(300)]
+    assert {train.row_length(step, SimpleNamespace(length=96, min_length=96, seed=5)) for step in range(9)} == {96}
+
+
 def test_learning_rate(corpus, tmp_path):
     flags = '--steps 12 --decay_steps 9 --warmup 3 --optimizer muon --lr 2e-3 --muon_lr 5e-3'
     assert run(train.main, TINY, flags, f'--data {corpus} --out {tmp_path}') == 0
@@ -361,8 +376,9 @@ def refused(capsys, main, base, case):
     '--steps 0', '--steps -3', '--warmup 6 : --warmup 6 5', '--warmup -1', '--seed -1', '--lr 0', '--lr=-1e-3', '--lr nan', '--lr inf',
     '--muon_lr nan', '--grad_clip 0', '--weight_decay -1', '--weight_decay nan', '--eval_every 0', '--log_every 0', '--eval_tokens 0',
     '--decay_steps 0', '--micro_batch 0', '--batch_tokens 250 : 250 64', '--batch_tokens 32 : 32 64', '--batch_tokens 384 --micro_batch 4 : 384 64 4',
-    '--length 0', '--length -64', '--length 60000 : train.bin 60,001', '--pe learned --length 128 : learned 64 128',
-    '--n_head 3 : n_embd 32 n_head 3', '--n_kv_head 3 : n_head 2 n_kv_head 3', '--pe rope --n_head 32 : rope 1 even', '--n_layer 0 : n_layer',
+    '--length 0', '--length -64', '--length 60000 : train.bin 60,001', '--pe learned --length 128 : learned 64 128', '--min_length 0', '--min_length -1',
+    '--length 66 --batch_tokens 264 : --min_length 66', '--n_head 3 : n_embd 32 n_head 3', '--n_kv_head 3 : n_head 2 n_kv_head 3', '--pe rope --n_head 32 : rope 1 even',
+    '--n_layer 0 : n_layer',
     '--init_from {trained} --block_size 64 : --block_size --length', '--init_from {trained} --n_layer 3 : blocks.2',
     '--init_from {trained} --pe learned --length 96 : learned 64 96', '--init_from {trained} --data {other} : vocabulary 257 bytes',
     '--device tpu : tpu cuda', '--device cuda : --device no GPU', '--out {corpus}/train.bin/run : --out train.bin'])
@@ -383,7 +399,7 @@ def test_bad_flags(flags, corpus, tmp_path, capsys):
 @pytest.mark.parametrize('straight', ['adamw'], indirect=True)
 @pytest.mark.parametrize('case', [
     '--seed 6', '--batch_tokens 512', '--optimizer muon', '--lr 1e-4', '--warmup 4', '--weight_decay 0.2', '--grad_clip 2', '--length 32',
-    '--pe rope', '--n_layer 2', '--no-qk_norm : qk_norm False', '--data {other}', '--init_from {trained}'])
+    '--min_length 32', '--pe rope', '--n_layer 2', '--no-qk_norm : qk_norm False', '--data {other}', '--init_from {trained}'])
 def test_resume_refuses_what_would_change_the_run(case, straight, other, trained, capsys):
     refused(capsys, train.main, f'{straight.flags} --steps 50 --resume --out {straight.out}', case.format(other=other, trained=trained))
     assert state(straight.out) == straight.state
