@@ -4,7 +4,7 @@ Trains a language model from scratch, or goes on from a checkpoint at another le
 CPU, minutes:    python train.py --preset tiny --pe nope --data data/passkey --out out/nope
 one GPU:         python train.py --preset small --pe nope --data data/books --out out/small
 one node:        torchrun --standalone --nproc_per_node=8 train.py --preset tinyllama --data data/corpus --out out/tinyllama
-two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset tinyllama ...
+two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset tinyllama --data data/corpus --out out/tinyllama
 after a stop:    the same command with --resume (and with --resume always given: starts if there is nothing to resume)
 DroPE:           python train.py --init_from out/rope --pe nope --steps 300 --data data/passkey --out out/drope
 longer context:  python train.py --init_from out/rope --length 1024 --steps 200 --data data/passkey --out out/rope-1024

@@ -33,12 +33,12 @@ ROWS = [
     ('RoPE', 'rope', None, None),
 ]
 ABLATIONS = [
+    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
+    ('RoPE head', 'rope', '--method head --init 1.2', 'passkey_tune'),
+    ('NoPE head, training mix', 'nope', '--method head --init 1.2', 'passkey'),
     ('NoPE head, from best uniform', 'nope', '--method head --init best', 'passkey_tune'),
     ('NoPE head, from 1.0', 'nope', '--method head --init 1.0', 'passkey_tune'),
     ('NoPE head, no focus', 'nope', '--method head --init 1.2 --no-focus', 'passkey_tune'),
-    ('NoPE head, training mix', 'nope', '--method head --init 1.2', 'passkey'),
-    ('RoPE head', 'rope', '--method head --init 1.2', 'passkey_tune'),
-    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
 ]
 COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds')
 
@@ -52,6 +52,20 @@ def run(script, flags):
         sys.exit(code)
 
 
+def train(runs):
+    """{folder: flags}: trains them side by side, each with its share of the cores; the first is seen, the others write to FOLDER.txt."""
+    share, started = str(max(1, (os.cpu_count() or 1) // max(1, len(runs)))), []
+    for i, (folder, flags) in enumerate(runs.items()):
+        command = f'train.py {flags} --out {folder}'
+        print(f'\n$ OMP_NUM_THREADS={share} python {command}' + (f' > {folder}.txt &' if i else ''), flush=True)
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        started.append(subprocess.Popen([sys.executable] + shlex.split(command), env=dict(os.environ, OMP_NUM_THREADS=share),
+                                        stdout=open(f'{folder}.txt', 'a') if i else None))
+    for code in [p.wait() for p in started]:
+        if code:
+            sys.exit(code)
+
+
 def read_csv(file):
     return list(csv.DictReader(open(file, newline=''))) if os.path.exists(file) else []
 
@@ -63,7 +77,7 @@ def mean_sd(values, digits):
 
 def table(rows, order, lengths, L):
     """Markdown: a line a row; loss, then passkey accuracy in percent, at multiples of the training length."""
-    seeds = sorted({r['seed'] for r in rows})
+    seeds = {str(r['seed']) for r in rows}
     out = [f'{len(seeds)} seed{"s, mean ± standard deviation" if len(seeds) > 1 else ""}; training length {L}']
     for what, key, scale, digits in (('loss (nats)', 'loss', 1, 2), ('passkey (%)', 'passkey', 100, 0)):
         out += ['', f'| {what} at | ' + ' | '.join(f'{n / L:g}x' for n in lengths) + ' |', '|---|' + '---|' * len(lengths)]
@@ -120,13 +134,14 @@ def main():
         if not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} {flags} {scale["data"]}')
     for seed in args.seeds:
-        for name, base, method, corpus in todo:
-            if any(r['row'] == name and int(r['seed']) == seed for r in done):
-                print(f'seed {seed}, {name}: in {file} already')
-                continue
+        left = [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)]
+        if len(left) < len(todo):
+            print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
+        # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
+        train({f'{out}/{base}-{seed}': f'--preset tiny --pe {base} --data {out}/passkey --seed {seed} --resume {scale["train"]}'
+               for base in dict.fromkeys(r[1] for r in left)})
+        for name, base, method, corpus in left:
             began, ckpt = time.time(), f'{out}/{base}-{seed}'
-            # --resume: a sweep that was stopped goes on where it was
-            run('train.py', f'--preset tiny --pe {base} --data {out}/passkey --out {ckpt} --seed {seed} --resume {scale["train"]}')
             folder = where(out, base, seed, name)
             if method:
                 run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {folder} --eval_tokens 0')

@@ -376,9 +376,9 @@ def refused(capsys, main, base, case):
     '--steps 0', '--steps -3', '--warmup 6 : --warmup 6 5', '--warmup -1', '--seed -1', '--lr 0', '--lr=-1e-3', '--lr nan', '--lr inf',
     '--muon_lr nan', '--grad_clip 0', '--weight_decay -1', '--weight_decay nan', '--eval_every 0', '--log_every 0', '--eval_tokens 0',
     '--decay_steps 0', '--micro_batch 0', '--batch_tokens 250 : 250 64', '--batch_tokens 32 : 32 64', '--batch_tokens 384 --micro_batch 4 : 384 64 4',
-    '--length 0', '--length -64', '--length 60000 : train.bin 60,001', '--pe learned --length 128 : learned 64 128', '--min_length 0', '--min_length -1',
-    '--length 66 --batch_tokens 264 : --min_length 66', '--n_head 3 : n_embd 32 n_head 3', '--n_kv_head 3 : n_head 2 n_kv_head 3', '--pe rope --n_head 32 : rope 1 even',
-    '--n_layer 0 : n_layer',
+    '--length 0', '--length -64', '--length 60000 : train.bin 60,001', '--pe learned --length 128 : learned 64 128', '--min_length 0',
+    '--min_length -1', '--length 66 --batch_tokens 264 : --min_length 66', '--n_head 3 : n_embd 32 n_head 3', '--n_kv_head 3 : n_head 2 n_kv_head 3',
+    '--pe rope --n_head 32 : rope 1 even', '--n_layer 0 : n_layer',
     '--init_from {trained} --block_size 64 : --block_size --length', '--init_from {trained} --n_layer 3 : blocks.2',
     '--init_from {trained} --pe learned --length 96 : learned 64 96', '--init_from {trained} --data {other} : vocabulary 257 bytes',
     '--device tpu : tpu cuda', '--device cuda : --device no GPU', '--out {corpus}/train.bin/run : --out train.bin'])

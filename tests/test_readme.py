@@ -1,0 +1,72 @@
+"""The main job at toy size, as make reproduce runs it, and every command of README and of the scripts' docstrings."""
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from data import io
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def commands():
+    """Every line of README, and of the scripts' docstrings, that starts one of our scripts: (file, script, flags)."""
+    for file in ('README.md', 'train.py', 'extend.py', 'eval_passkey.py', 'data/passkey/prepare.py', 'data/text/prepare.py', 'results/reproduce.py'):
+        text = open(os.path.join(ROOT, file)).read()
+        text = text if file.endswith('.md') else text.split('"""')[1]
+        for line in text.splitlines():
+            found = re.search(r'(?:python|torchrun(?: --\S+)*) (-m data\.\S+|-m results\.\S+|\w+\.py) ([^#]*)', line.replace(' ...', ''))
+            if found:
+                yield file, found[1], found[2].strip()
+
+
+@pytest.mark.parametrize('file, script, flags', list(commands()))
+def test_documented_command_is_accepted(file, script, flags, monkeypatch):
+    module = importlib.import_module(script.removeprefix('-m ').removesuffix('.py'))
+
+    class Accepted(Exception):
+        pass
+
+    def accept(*_, **__):
+        raise Accepted
+    # the first thing that each script does with flags that it has accepted
+    monkeypatch.setattr(io, 'setup', accept)
+    monkeypatch.setattr(io, 'write_data', accept)
+    for name in ('get_tokenizer', 'run'):
+        monkeypatch.setattr(module, name, accept, raising=False)
+    monkeypatch.setattr(sys, 'argv', [script] + shlex.split(flags))
+    with pytest.raises(Accepted):
+        module.main()
+
+
+def test_there_are_commands():
+    assert len(list(commands())) > 20
+
+
+def test_reproduce_toy(tmp_path):
+    command = [sys.executable, '-m', 'results.reproduce', '--scale', 'toy', '--out', str(tmp_path)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    for row in ('| NoPE |', '| NoPE uniform |', '| NoPE head |', '| RoPE |'):
+        assert first.stdout.count(row) == 2          # loss, passkey
+    assert first.stdout.count('| = training length 128') == 8        # each evaluation's own heat map, and again at the end
+    rows = io_rows(f'{tmp_path}/toy/table.csv')
+    assert len(rows) == 4 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
+    # once more: nothing is left to do, and the table is the same
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and 'extend.py' not in again.stdout and io_rows(f'{tmp_path}/toy/table.csv') == rows
+    assert again.stdout[again.stdout.index('| loss'):again.stdout.rindex('\n\n')] == first.stdout[first.stdout.index('| loss'):first.stdout.rindex('\n\n')]
+
+
+def io_rows(file):
+    import csv
+    return list(csv.DictReader(open(file, newline='')))
+
+
+def test_unknown_scale_is_one_line():
+    out = subprocess.run([sys.executable, '-m', 'results.reproduce', '--scale', 'huge'], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith('error: SCALE=huge') and out.stderr.count('\n') == 1
