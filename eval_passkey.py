@@ -124,14 +124,15 @@ def main():
     model = io.load_model(ckpt).to(env.device).eval()
     tok, L = io.get_tokenizer(ckpt['tokenizer']), model.config.block_size
     io.check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])
-    try:
-        shortest = min(args.lengths) if args.lengths else L // 2
-        lengths = args.lengths or io.default_lengths(model.config)
-        make_prompt(tok, shortest, 0, 1, np.random.default_rng(0))
-    except ValueError as e:
-        if args.lengths:
-            io.fail(str(e))
-        lengths = [n for n in lengths if n >= L]      # half the training length may hold no prompt
+    lengths, too_short = [], None
+    for n in args.lengths or io.default_lengths(model.config):
+        try:
+            make_prompt(tok, n, 0, 1, np.random.default_rng(0))
+            lengths.append(n)
+        except ValueError as e:                      # half the training length, say, may hold no prompt
+            too_short = str(e)
+    if too_short and (args.lengths or not lengths):
+        io.fail(too_short)
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 0)
     file = f'{out}/{io.stem(args.ckpt)}.passkey.csv'

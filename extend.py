@@ -125,7 +125,7 @@ def evaluate(model, docs, bos, lengths, args, env):
     T = ent.size(-1)
     edges = [T * i // 32 for i in range(33)]
     rows = [dict(layer=l, head=h, position=b, entropy=ent[l, h, a:b].mean().item())
-            for l in range(ent.size(0)) for h in range(ent.size(1)) for a, b in zip(edges, edges[1:])]
+            for l in range(ent.size(0)) for h in range(ent.size(1)) for a, b in zip(edges, edges[1:]) if a < b]
     return ppl, rows
 
 
@@ -296,14 +296,18 @@ def main():
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
     p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
     args = p.parse_args()
-    for name in ('grid_batches', 'steps', 'batch', 'batch_tokens'):
-        if getattr(args, name) < 1:
+    for name in ('grid_batches', 'steps', 'batch', 'batch_tokens', 'length', 'stride', 'micro_batch'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    if args.lengths and min(args.lengths) < 2:
+        io.fail(f'--lengths {min(args.lengths)} must be at least 2')
+    if not all(map(math.isfinite, args.grid)):
+        io.fail(f'--grid {args.grid} must be numbers')
     if not 0 < args.lr < math.inf:
         io.fail(f'--lr {args.lr} must be a positive number')
     if args.seed < 0 or args.eval_tokens < 0:
         io.fail('--seed and --eval_tokens must not be negative')
-    if args.method == 'head' and args.focus and args.init != 'best' and args.init < 1:
+    if args.method == 'head' and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
         io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
 
     env = io.setup(args)

@@ -81,7 +81,7 @@ def get_args():
     p.add_argument('--compile', action=yes_no, help='torch.compile (default: on GPU only)')
     args = p.parse_args()
 
-    given = {k for k, v in vars(args).items() if v is not None}
+    given = args.given = sorted(k for k, v in vars(args).items() if v is not None)
     for name, value in RECIPES[args.preset].items():
         if name not in given:
             setattr(args, name, value)
@@ -89,6 +89,9 @@ def get_args():
         args.decay_steps = args.steps
     for name in ('steps', 'decay_steps', 'batch_tokens', 'micro_batch', 'eval_every', 'eval_tokens', 'log_every'):
         if getattr(args, name) < 1:
+            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    for name in ('length', 'min_length'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
     for name in ('lr', 'muon_lr', 'grad_clip'):
         if not 0 < getattr(args, name) < math.inf:
@@ -170,14 +173,6 @@ def main():
             io.fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
         ckpt = io.load_checkpoint(args.out)
         model = io.load_model(ckpt)
-        differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
-        # steps may grow, the world and the machine may change; what decides the numbers may not
-        differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"].get(k)})' for k in ('preset', 'seed', 'batch_tokens', 'optimizer', 'lr', 'muon_lr',
-                    'weight_decay', 'grad_clip', 'warmup', 'min_length', 'init_from') if ckpt['args'].get(k) != getattr(args, k)]
-        if ckpt['fingerprint'] != meta['train']['sha256']:
-            differs.append(f'--data {args.data} (other tokens than before)')
-        if differs:
-            io.fail(f'cannot resume {args.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
         print0(f'resuming {args.out} at step {ckpt["step"]:,}')
     elif args.init_from:
         if 'block_size' in fields:
@@ -192,15 +187,24 @@ def main():
         print0(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
     config = model.config
     args.length = args.length or (ckpt['args']['length'] if ckpt else config.block_size)
-    if ckpt and args.length != ckpt['args']['length']:
-        io.fail(f'cannot resume {args.out} with --length {args.length} (was {ckpt["args"]["length"]})')
+    args.min_length = min(args.min_length or args.length, args.length)
+    if ckpt:
+        if 'warmup' not in args.given:               # it may follow from --steps
+            args.warmup = ckpt['args']['warmup']
+        # steps may grow, the world and the machine may change; what decides the numbers may not
+        differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
+        differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"][k]})' for k in ('preset', 'seed', 'length', 'min_length', 'batch_tokens', 'optimizer', 'lr',
+                    'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'init_from') if ckpt['args'][k] != getattr(args, k)]
+        if ckpt['fingerprint'] != meta['train']['sha256']:
+            differs.append(f'--data {args.data} (other tokens than before)')
+        if differs:
+            io.fail(f'cannot resume {args.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
     io.check_fits(config, meta, args.data, [args.length])
     for name, tokens in (('train', data), ('val', val)):
         if len(tokens) < args.length + 1:
             io.fail(f'{args.data}/{name}.bin has {len(tokens):,} tokens, a row takes {args.length + 1:,}: prepare more text, or lower --length')
 
     # the batch: tokens a step -> rows -> ranks x accumulation x micro-batch
-    args.min_length = min(args.min_length or args.length, args.length)
     if args.min_length < 1 or args.length % (1 << int(math.log2(args.length / args.min_length))):
         io.fail(f'--min_length {args.min_length}: --length {args.length} must halve evenly down to it')
     rows, left = divmod(args.batch_tokens, args.length)
@@ -208,7 +212,8 @@ def main():
     accum, left2 = divmod(rows, env.world * args.micro_batch)
     if left or left2 or not accum:
         io.fail(f'--batch_tokens {args.batch_tokens} must be a multiple of length {args.length} x {env.world} processes x --micro_batch {args.micro_batch}')
-    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens' + (f' (or more rows of {args.min_length} up)' if args.min_length < args.length else ''))
+    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens'
+           + (f'; in some steps more rows, of {args.min_length} tokens up' if args.min_length < args.length else ''))
 
     io.preflight(args.out, 3 * 12 * sum(p.numel() for p in model.parameters()))
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
@@ -278,6 +283,13 @@ def main():
             x, y = (t.contiguous().pin_memory().to(env.device, non_blocking=True) for t in (x, y))
         return x.split(args.micro_batch * args.length // T), y.split(args.micro_batch * args.length // T)
 
+    def leave(code=0):
+        # DDP goes first: were it the last to hold the process group, it would wait for gloo's thread, which may be waiting for the GIL
+        nonlocal model
+        model = None
+        io.finish()
+        sys.exit(code)
+
     x, y = next_batch(step)
     started, clock, clock_step = time.time(), time.time(), step
     saved = step if ckpt else -1
@@ -318,8 +330,7 @@ def main():
             print0(f'error: step {step + 1}: {"loss" if bad else "gradient"} is not finite' + (f' on rank {bad[0]}' if bad else '')
                    + f' (batch of seed {args.seed}, step {step}); no weight was changed, the last good checkpoint is {args.out}/ckpt.pt'
                    f' at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
-            io.finish()
-            sys.exit(1)
+            leave(1)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -339,10 +350,9 @@ def main():
             stop = int(ranks[:, 2].max())
             save()
             print0(f'{signal.Signals(stop).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
-            io.finish()
-            sys.exit(128 + stop)
+            leave(128 + stop)
     print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/ckpt.pt')
-    io.finish()
+    leave()
 
 
 if __name__ == '__main__':

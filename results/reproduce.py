@@ -29,16 +29,15 @@ SCALES = dict(
 ROWS = [
     ('NoPE', 'nope', None, None),
     ('NoPE uniform', 'nope', '--method uniform', 'passkey_tune'),
-    ('NoPE head', 'nope', '--method head --init 1.2', 'passkey_tune'),
+    ('NoPE head', 'nope', '--method head', 'passkey_tune'),
     ('RoPE', 'rope', None, None),
 ]
 ABLATIONS = [
     ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
-    ('RoPE head', 'rope', '--method head --init 1.2', 'passkey_tune'),
-    ('NoPE head, training mix', 'nope', '--method head --init 1.2', 'passkey'),
-    ('NoPE head, from best uniform', 'nope', '--method head --init best', 'passkey_tune'),
+    ('RoPE head', 'rope', '--method head', 'passkey_tune'),
+    ('NoPE head, training mix', 'nope', '--method head', 'passkey'),
     ('NoPE head, from 1.0', 'nope', '--method head --init 1.0', 'passkey_tune'),
-    ('NoPE head, no focus', 'nope', '--method head --init 1.2 --no-focus', 'passkey_tune'),
+    ('NoPE head, no focus', 'nope', '--method head --no-focus', 'passkey_tune'),
 ]
 COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds')
 
@@ -146,7 +145,7 @@ def main():
             if method:
                 run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {folder} --eval_tokens 0')
                 ckpt = f'{folder}/{next(f for f in os.listdir(folder) if f.endswith(".pt") and not f.startswith(".") and "prev" not in f)}'
-            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey --method none --lengths {scale["lengths"]} --out {folder} {scale["measure"]}')
+            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey_tune --method none --lengths {scale["lengths"]} --out {folder} {scale["measure"]}')
             run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {folder} {scale["passkey"]}')
             stem = io.stem(ckpt)
             ppl, pk = read_csv(f'{folder}/{stem}.ppl.csv'), read_csv(f'{folder}/{stem}.passkey.csv')
