@@ -28,7 +28,7 @@ table: $(VENV)
 
 figure: $(VENV)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --plot results/tiny.png
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --csv results/tiny.csv --plot results/tiny.png
 
 test: $(VENV)
 	$(PYTHON) -m pytest -q tests

@@ -82,12 +82,7 @@ def heat_map(rows, block_size):
 
 
 def plot(rows, block_size, title, file):
-    try:
-        import matplotlib
-    except ImportError:
-        io.fail('--plot needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = io.pyplot(file)
     lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
     grid = [[np.mean([r['accuracy'] for r in rows if (r['length'], r['depth']) == (L, d)]) for L in lengths] for d in depths]
     fig, ax = plt.subplots(figsize=(1 + 0.7 * len(lengths), 4), layout='constrained')
@@ -116,8 +111,8 @@ def main():
     for name in ('depths', 'trials', 'batch_tokens'):
         if getattr(args, name) < 1:
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
-    if args.seed < 0:
-        io.fail(f'--seed {args.seed} must not be negative')
+    if args.plot:
+        io.pyplot(args.plot)                         # what is missing for it is known before the work
 
     env = io.setup(args)
     ckpt = io.load_checkpoint(args.ckpt)
@@ -125,7 +120,7 @@ def main():
     tok, L = io.get_tokenizer(ckpt['tokenizer']), model.config.block_size
     io.check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])
     lengths, too_short = [], None
-    for n in args.lengths or io.default_lengths(model.config):
+    for n in sorted(set(args.lengths or ())) or io.default_lengths(model.config):
         try:
             make_prompt(tok, n, 0, 1, np.random.default_rng(0))
             lengths.append(n)

@@ -91,11 +91,12 @@ def attention_entropy(q, k, block=256):
     B, nh, T, hs = q.shape
     k = k.repeat_interleave(nh // k.size(1), dim=1).float()
     out = []
-    for i in range(0, T, block):
-        s = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)      # (B, nh, block, <= i + block)
-        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(i + 1)
-        s = s.masked_fill(future, -math.inf).log_softmax(-1)
-        out.append(-(s.exp() * s.masked_fill(future, 0)).sum(-1).mean(0))
+    with torch.autocast(q.device.type, enabled=False):       # or the fp32 product would go back to bf16
+        for i in range(0, T, block):
+            s = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)      # (B, nh, block, <= i + block)
+            future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(i + 1)
+            s = s.masked_fill(future, -math.inf).log_softmax(-1)
+            out.append(-(s.exp() * s.masked_fill(future, 0)).sum(-1).mean(0))
     return torch.cat(out, dim=-1)
 
 
@@ -244,12 +245,7 @@ def show(results, lengths, block_size, env):
 
 
 def plot(results, lam, block_size, file):
-    try:
-        import matplotlib
-    except ImportError:
-        io.fail('--plot needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = io.pyplot(file)
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4), layout='constrained')
     for name, (ppl, ent) in results.items():
         a.plot([r['length'] for r in ppl], [r['ppl'] for r in ppl], marker='o', label=name)
@@ -301,15 +297,17 @@ def main():
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
     if args.lengths and min(args.lengths) < 2:
         io.fail(f'--lengths {min(args.lengths)} must be at least 2')
-    if not all(map(math.isfinite, args.grid)):
-        io.fail(f'--grid {args.grid} must be numbers')
+    if not all(0 < lam < math.inf for lam in args.grid):
+        io.fail(f'--grid {args.grid} must be positive numbers')
     if not 0 < args.lr < math.inf:
         io.fail(f'--lr {args.lr} must be a positive number')
-    if args.seed < 0 or args.eval_tokens < 0:
-        io.fail('--seed and --eval_tokens must not be negative')
+    if args.eval_tokens < 0:
+        io.fail(f'--eval_tokens {args.eval_tokens} must not be negative')
     if args.method == 'head' and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
         io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
 
+    if args.plot:
+        io.pyplot(args.plot)                         # what is missing for it is known before the work
     env = io.setup(args)
     ckpt = io.load_checkpoint(args.ckpt)
     model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
@@ -334,6 +332,8 @@ def main():
         windows(docs, lengths[-1], args.stride, 1)   # too short a val.bin is known before the work
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 8 * sum(p.numel() for p in model.parameters()))
+    if args.method != 'none' and (heads(model) != 1).any():
+        io.fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if args.method == 'yarn' and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
         io.fail(f'--method yarn stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
@@ -353,7 +353,7 @@ def main():
         if args.method == 'uniform' or args.method == 'head' and args.init == 'best':
             best, curve = uniform(model, data, meta['bos'], args, env)
         if args.method == 'head':
-            set_heads(model, best if args.init == 'best' else args.init)
+            set_heads(model, max(best, float(args.focus)) if args.init == 'best' else args.init)
             losses = tune(model, data, meta['bos'], args, env)
             env.print('temperature of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model).tolist()))
         name = f'{args.method}-{args.length}'

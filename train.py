@@ -51,7 +51,7 @@ def get_args():
     p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
     p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
     # model: a preset, and fields of GPTConfig that differ from it
-    p.add_argument('--preset', choices=PRESETS, default='tiny', help='shape and recipe (default tiny)')
+    p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny; with --init_from, the checkpoint\'s)')
     p.add_argument('--pe', choices=ENCODINGS, help='position encoding (default nope)')
     p.add_argument('--qk_norm', action=yes_no, help='normalise q and k in each head')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
@@ -82,8 +82,10 @@ def get_args():
     args = p.parse_args()
 
     given = args.given = sorted(k for k, v in vars(args).items() if v is not None)
+    if args.preset is None:
+        args.preset = io.load_checkpoint(args.init_from)['args']['preset'] if args.init_from else 'tiny'
     for name, value in RECIPES[args.preset].items():
-        if name not in given:
+        if name not in given and not (name == 'min_length' and args.init_from):
             setattr(args, name, value)
     if args.decay_steps is None:
         args.decay_steps = args.steps
@@ -98,8 +100,6 @@ def get_args():
             io.fail(f'--{name} {getattr(args, name)} must be a positive number')
     if not 0 <= args.weight_decay < math.inf:
         io.fail(f'--weight_decay {args.weight_decay} must not be negative')
-    if args.seed < 0:
-        io.fail(f'--seed {args.seed} must not be negative')
     if args.warmup < 0 or args.warmup > args.steps:
         if 'warmup' in given:
             io.fail(f'--warmup {args.warmup} must lie between 0 and --steps {args.steps}')
@@ -189,12 +189,15 @@ def main():
     args.length = args.length or (ckpt['args']['length'] if ckpt else config.block_size)
     args.min_length = min(args.min_length or args.length, args.length)
     if ckpt:
-        if 'warmup' not in args.given:               # it may follow from --steps
-            args.warmup = ckpt['args']['warmup']
+        if ckpt['optimizer'] is None:
+            io.fail(f'{args.out}/ckpt.pt comes from extend.py and has no optimizer to resume: --init_from it, with another --out')
+        for k in ('warmup', 'decay_steps'):          # they may follow from --steps
+            if k not in args.given:
+                setattr(args, k, ckpt['args'][k])
         # steps may grow, the world and the machine may change; what decides the numbers may not
         differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
         differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"][k]})' for k in ('preset', 'seed', 'length', 'min_length', 'batch_tokens', 'optimizer', 'lr',
-                    'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'init_from') if ckpt['args'][k] != getattr(args, k)]
+                    'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'decay_steps', 'init_from') if ckpt['args'][k] != getattr(args, k)]
         if ckpt['fingerprint'] != meta['train']['sha256']:
             differs.append(f'--data {args.data} (other tokens than before)')
         if differs:
@@ -215,7 +218,12 @@ def main():
     print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens'
            + (f'; in some steps more rows, of {args.min_length} tokens up' if args.min_length < args.length else ''))
 
-    io.preflight(args.out, 3 * 12 * sum(p.numel() for p in model.parameters()))
+    if env.world > 1:                                # a folder that only some nodes see would tear the run apart
+        where = [None] * env.world
+        dist.all_gather_object(where, (ckpt and ckpt['step'], meta['train']['sha256']))
+        if len(set(where)) > 1:
+            io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
+    io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()))
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
     opts = make_optimizers(raw, args, env.device)
@@ -224,6 +232,7 @@ def main():
         for opt, state in zip(opts, ckpt['optimizer']):
             opt.load_state_dict(state)
         step, tokens_seen = ckpt['step'], ckpt['tokens']
+        ckpt['model'] = ckpt['optimizer'] = None     # gigabytes
     base_lr = [args.lr, args.muon_lr]
     use_compile = 'cuda' in env.device if args.compile is None else args.compile
     if use_compile and 'cpu' in env.device and not shutil.which(os.environ.get('CXX', 'g++')):
@@ -272,7 +281,8 @@ def main():
     def on_signal(number, _):
         nonlocal stop
         stop = number
-        signal.signal(number, signal.SIG_DFL)        # a second one is not caught
+        # a launcher and a scheduler may both send SIGTERM; a second Ctrl-C means it
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, on_signal)
 

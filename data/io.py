@@ -21,8 +21,8 @@ from model import GPT, GPTConfig
 
 
 def fail(message):
-    """Ends the program with one line and exit code 2; under torchrun only rank 0 speaks."""
-    if os.environ.get('RANK', '0') == '0':
+    """Ends the program with one line and exit code 2; under torchrun one process of each node speaks."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -35,6 +35,8 @@ def setup(args):
     Reads torchrun's environment and args.device, args.dtype, args.seed. Returns a namespace: rank, world, master,
     device, dtype ('fp32' or 'bf16'), autocast() and print(), which only rank 0 hears. Prints what was chosen and why.
     """
+    if not 0 <= args.seed < 2**63:
+        fail(f'--seed {args.seed} must lie between 0 and 2^63')
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     kind = args.device.split(':')[0]
     if kind == 'auto':
@@ -45,12 +47,13 @@ def setup(args):
     if kind == 'cuda':
         if not torch.cuda.is_available():
             fail('--device cuda: this torch finds no GPU. Use --device cpu, or install a CUDA build of torch')
-        index = args.device.split(':')[1] if ':' in args.device else str(local)
-        if not index.isdigit() or int(index) >= torch.cuda.device_count():
-            fail(f'--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, numbered from 0')
+        index, n = args.device.split(':')[1] if ':' in args.device else str(local), torch.cuda.device_count()
+        if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > (1 if ':' in args.device else n):
+            fail(f'--device {args.device}: one GPU for each process of a node, and this one has {n}: lower --nproc_per_node, or give --device cuda')
+        if not index.isdigit() or int(index) >= n:
+            fail(f'--device cuda:{index}: there are {n} GPUs, numbered from 0')
         device = f'cuda:{index}'
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
     torch.manual_seed(args.seed)
@@ -284,8 +287,10 @@ def load_checkpoint(path):
         unsafe = 'weights_only' in str(e).lower() or 'Unsupported' in str(e)
         what = 'would run code when loaded' if unsafe else f'is not a whole checkpoint ({type(e).__name__})'
         fail(f'{file} {what}: restore it or train again{other}')
-    if not isinstance(ckpt, dict) or not {'model', 'config'} <= set(ckpt):
-        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks model or config{other}')
+    keys = ('model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer')
+    lacks = [k for k in keys if k not in ckpt] if isinstance(ckpt, dict) else keys
+    if lacks:
+        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(lacks)}{other}')
     return ckpt
 
 
@@ -334,11 +339,27 @@ def lock(out):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f'another run is writing to {out}: wait for it, or choose another --out')
+    except OSError as e:
+        print(f'warning: {out} cannot be locked on this file system ({e.strerror}): start no second run there', file=sys.stderr)
     return f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lengths and file names of the evaluations
+# lengths, file names and figures of the evaluations
+
+def pyplot(file):
+    """matplotlib.pyplot, drawing to files; fails if it is not installed or FILE cannot be a figure."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail('--plot needs matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    if os.path.splitext(file)[1][1:] not in plt.figure().canvas.get_supported_filetypes() or not os.path.isdir(os.path.dirname(file) or '.'):
+        fail(f'--plot {file}: a file name like figure.png, in a folder that exists')
+    plt.close('all')
+    return plt
+
 
 def int_list(text):
     """'256,512' -> [256, 512]; argparse turns the ValueError into its usage line."""

@@ -93,12 +93,7 @@ def where(out, base, seed, name):
 
 
 def plot(rows, order, lengths, L, file):
-    try:
-        import matplotlib
-    except ImportError:
-        io.fail('--plot needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = io.pyplot(file)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
     for ax, key, label in zip(axes, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
         for name in order:
@@ -125,6 +120,8 @@ def main():
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
+    if args.plot:
+        io.pyplot(args.plot)
     scale, out = SCALES[args.scale], f'{args.out}/{args.scale}'
     file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
     lengths, L = io.int_list(scale['lengths']), scale['block_size']
@@ -144,7 +141,8 @@ def main():
             folder = where(out, base, seed, name)
             if method:
                 run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {folder} --eval_tokens 0')
-                ckpt = f'{folder}/{next(f for f in os.listdir(folder) if f.endswith(".pt") and not f.startswith(".") and "prev" not in f)}'
+                flags = shlex.split(f'{method} {scale["tune"]}')
+                ckpt = f'{folder}/{flags[flags.index("--method") + 1]}-{flags[flags.index("--length") + 1]}.pt'
             run('extend.py', f'--ckpt {ckpt} --data {out}/passkey_tune --method none --lengths {scale["lengths"]} --out {folder} {scale["measure"]}')
             run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {folder} {scale["passkey"]}')
             stem = io.stem(ckpt)

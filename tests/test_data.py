@@ -335,7 +335,7 @@ def test_what_is_no_checkpoint_costs_one_line(out, refused, tmp_path):
             io.load_checkpoint(out)
     for foreign in {'model': {}}, {'state_dict': {}, 'config': {}}, [1], torch.zeros(2):
         torch.save(foreign, f'{out}/ckpt.pt')
-        with refused('ckpt.pt', 'lacks model or config'):
+        with refused('ckpt.pt', 'lacks', 'optimizer'):
             io.load_checkpoint(out)
 
 

@@ -158,7 +158,7 @@ def test_yarn(corpus, tmp_path, capsys):
     assert new['config'] == {**old['config'], 'rope_inv_freq': freq}
     assert all((v == torch.tensor(lam)).all() if k.endswith('scale') else bits(v) == bits(old['model'][k]) for k, v in new['model'].items())
     assert run(eval_passkey.main, f'--ckpt {tmp_path}/yarn-128.pt --lengths 96 --depths 1 --trials 1 {CPU}') == 0
-    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/yarn-128.pt --data {corpus} --method yarn', ' : yarn unextended')
+    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/yarn-128.pt --data {corpus} --method yarn', ' : extended already')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_files(extended, trained, corpus, tmp_path, capsys):
     assert run(eval_passkey.main, CPU, '--lengths 96,80 --depths 2 --trials 3', ckpt) == 0
     columns, rows = table(tmp_path / 'head-128.passkey.csv')
     assert columns == ['length', 'depth', 'trial', 'position', 'accuracy', 'logprob']
-    assert [r[:3] for r in rows] == [[n, d, t] for n in (96, 80) for d in (0, 0.5) for t in range(3)]
+    assert [r[:3] for r in rows] == [[n, d, t] for n in (80, 96) for d in (0, 0.5) for t in range(3)]
     assert run(train.main, BATCH, f'--init_from {extended}/head-128.pt --steps 1 --data {corpus} --out {tmp_path}/run') == 0
     new, old = io.load_checkpoint(f'{tmp_path}/run')['model'], io.load_checkpoint(f'{extended}/head-128.pt')['model']
     assert all(bits(new[k]) == bits(old[k]) for k in old if 'scale' in k) and bits(new) != bits(old)
@@ -395,3 +395,14 @@ def test_learned_table_has_an_end(corpus, tmp_path, capsys):
     assert run(train.main, TINY, f'--pe learned --steps 1 --data {corpus} --out {tmp_path}') == 0
     for main, flags in (extend.main, f'{HEAD} --data {corpus}'), (eval_passkey.main, f'--lengths 96 {CPU}'):
         refused(capsys, main, f'--ckpt {tmp_path} {flags}', ' : learned 64')
+
+
+def test_entropy_is_exact_under_autocast():
+    q, k = torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0)) * 3, torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(1))
+    with torch.autocast('cpu', torch.bfloat16):      # as it is called from a bf16 forward pass
+        got = extend.attention_entropy(q, k, block=24)
+    assert got.dtype == torch.float32 and torch.equal(got, extend.attention_entropy(q, k, block=24))
+
+
+def test_an_extended_checkpoint_is_not_extended_again(extended, corpus, tmp_path, capsys):
+    refused(capsys, extend.main, f'{HEAD} --ckpt {extended}/head-128.pt --data {corpus} --out {tmp_path}', ' : extended already')
