@@ -263,6 +263,14 @@ def plot(results, lam, block_size, file):
     fig.savefig(file, dpi=150)
 
 
+def float_list(text):
+    return [float(x) for x in text.split(',')]
+
+
+def best_or_float(text):
+    return text if text == 'best' else float(text)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
@@ -271,10 +279,10 @@ def main():
     p.add_argument('--length', type=int, help='tokens a row while extending, L\' in the paper (default 4 times the training length)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
     # uniform
-    p.add_argument('--grid', type=io.float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size)')
+    p.add_argument('--grid', type=float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size)')
     p.add_argument('--grid_batches', type=int, default=4, help='batches that each lambda is tried on')
     # head; the paper's values (app. A)
-    p.add_argument('--init', type=io.init, default='best', help='best: the best uniform lambda, found first; or a number')
+    p.add_argument('--init', type=best_or_float, default='best', help='best: the best uniform lambda, found first; or a number')
     p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every lambda at 1 or above (eq. 6)')
     p.add_argument('--lr', type=float, default=0.05, help='0.05 or 0.1 in the paper')
     p.add_argument('--steps', type=int, default=200)

@@ -107,7 +107,7 @@ def get_args():
     return args
 
 
-def make_optimizers(model, args, device):
+def make_optimizers(model, args):
     """AdamW (beta 0.9, 0.95), decay on matrices only; with --optimizer muon the matrices of the blocks go to Muon."""
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in params if args.optimizer == 'muon' and p.dim() == 2 and n.startswith('blocks.')]
@@ -226,7 +226,7 @@ def main():
     io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()))
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
-    opts = make_optimizers(raw, args, env.device)
+    opts = make_optimizers(raw, args)
     step = tokens_seen = 0
     if ckpt:
         for opt, state in zip(opts, ckpt['optimizer']):

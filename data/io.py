@@ -239,9 +239,9 @@ def anchor(windows, bos):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def save_checkpoint(path, ckpt, keep=True):
+def save_checkpoint(path, ckpt):
     """
-    All or nothing: written beside, flushed to the disk, then renamed. keep: the one before stays as *.prev.pt.
+    All or nothing: written beside, flushed to the disk, then renamed; the one before stays as *.prev.pt.
     Ends with one line if the disk is full or the folder cannot be written; the old checkpoint is still there then.
     """
     tmp = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.tmp')
@@ -251,7 +251,7 @@ def save_checkpoint(path, ckpt, keep=True):
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
-        if keep and os.path.exists(path):
+        if os.path.exists(path):
             os.replace(path, path.removesuffix('.pt') + '.prev.pt')
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
@@ -364,15 +364,6 @@ def pyplot(file):
 def int_list(text):
     """'256,512' -> [256, 512]; argparse turns the ValueError into its usage line."""
     return [int(x) for x in text.split(',')]
-
-
-def float_list(text):
-    return [float(x) for x in text.split(',')]
-
-
-def init(text):
-    """'best' or a number: where head tuning starts."""
-    return text if text == 'best' else float(text)
 
 
 def default_lengths(config):

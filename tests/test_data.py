@@ -268,8 +268,8 @@ def test_checkpoint_round_trip(out):
     assert same(io.load_checkpoint(out), one) and not same(one, two) and os.listdir(out) == ['ckpt.pt']
     io.save_checkpoint(f'{out}/ckpt.pt', two)
     assert same(io.load_checkpoint(out), two) and same(io.load_checkpoint(f'{out}/ckpt.prev.pt'), one)
-    io.save_checkpoint(f'{out}/ckpt.pt', one, keep=False)
-    assert same(torch.load(f'{out}/ckpt.pt', weights_only=True), one) and same(io.load_checkpoint(f'{out}/ckpt.prev.pt'), one)
+    io.save_checkpoint(f'{out}/ckpt.pt', one)
+    assert same(torch.load(f'{out}/ckpt.pt', weights_only=True), one) and same(io.load_checkpoint(f'{out}/ckpt.prev.pt'), two)
     assert sorted(os.listdir(out)) == ['ckpt.prev.pt', 'ckpt.pt']
     assert same(dict(io.load_model(two).state_dict()), dict(two['model']))
 

@@ -315,7 +315,7 @@ def test_learning_rate(corpus, tmp_path):
 def test_parameter_groups(optimizer, pe):
     model = GPT(GPTConfig(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_inner=12, pe=pe))
     name = {id(p): n for n, p in model.named_parameters()}
-    opts = train.make_optimizers(model, SimpleNamespace(optimizer=optimizer, weight_decay=0.1, lr=1, muon_lr=1), 'cpu')
+    opts = train.make_optimizers(model, SimpleNamespace(optimizer=optimizer, weight_decay=0.1, lr=1, muon_lr=1))
     found = sorted((name[id(p)], type(o).__name__, g['weight_decay']) for o in opts for g in o.param_groups for p in g['params'])
     want = [(n, 'Muon' if optimizer == 'muon' and n.endswith('_proj.weight') else 'AdamW', 0.0 if 'norm' in n else 0.1) for n in name.values()]
     assert found == sorted(w for w in want if not w[0].endswith(('scale', 'slope')))     # the temperatures are not for pre-training
