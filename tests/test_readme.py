@@ -36,6 +36,7 @@ def test_documented_command_is_accepted(file, script, flags, monkeypatch):
     # the first thing that each script does with flags that it has accepted
     monkeypatch.setattr(io, 'setup', accept)
     monkeypatch.setattr(io, 'write_data', accept)
+    monkeypatch.setattr(io, 'load_checkpoint', lambda _: dict(args=dict(preset='tiny')))      # of --init_from
     for name in ('get_tokenizer', 'run'):
         monkeypatch.setattr(module, name, accept, raising=False)
     monkeypatch.setattr(sys, 'argv', [script] + shlex.split(flags))
