@@ -31,9 +31,9 @@ ROWS = [
     ('NoPE uniform', 'nope', '--method uniform', 'passkey_tune'),
     ('NoPE head', 'nope', '--method head', 'passkey_tune'),
     ('RoPE', 'rope', None, None),
+    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
 ]
 ABLATIONS = [
-    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
     ('RoPE head', 'rope', '--method head', 'passkey_tune'),
     ('NoPE head, training mix', 'nope', '--method head', 'passkey'),
     ('NoPE head, from 1.0', 'nope', '--method head --init 1.0', 'passkey_tune'),

@@ -52,11 +52,11 @@ def test_reproduce_toy(tmp_path):
     command = [sys.executable, '-m', 'results.reproduce', '--scale', 'toy', '--out', str(tmp_path)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
-    for row in ('| NoPE |', '| NoPE uniform |', '| NoPE head |', '| RoPE |'):
+    for row in ('| NoPE |', '| NoPE uniform |', '| NoPE head |', '| RoPE |', '| RoPE YaRN |'):
         assert first.stdout.count(row) == 2          # loss, passkey
-    assert first.stdout.count('| = training length 128') == 8        # each evaluation's own heat map, and again at the end
+    assert first.stdout.count('| = training length 128') == 10       # each evaluation's own heat map, and again at the end
     rows = io_rows(f'{tmp_path}/toy/table.csv')
-    assert len(rows) == 4 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
+    assert len(rows) == 5 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
     # once more: nothing is left to do, and the table is the same
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and 'extend.py' not in again.stdout and io_rows(f'{tmp_path}/toy/table.csv') == rows
