@@ -83,7 +83,8 @@ def table(rows, order, lengths, L):
         for name in order:
             cells = [[float(r[key]) * scale for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
             if all(cells):
-                out.append(f'| {name} | ' + ' | '.join(mean_sd(c, digits) for c in cells) + ' |')
+                fewer = f' ({len(cells[0])} of {len(seeds)} seeds)' if len(cells[0]) < len(seeds) else ''
+                out.append(f'| {name}{fewer} | ' + ' | '.join(mean_sd(c, digits) for c in cells) + ' |')
     return '\n'.join(out)
 
 
@@ -126,11 +127,12 @@ def main():
     file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
     lengths, L = io.int_list(scale['lengths']), scale['block_size']
     todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
-    for corpus, flags in (('passkey', '--retrieval 0.5'), ('passkey_tune', '--retrieval 0.7 --gap 200 --seed 1')):
+    missing = {seed: [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)] for seed in args.seeds}
+    for corpus, flags in () if not any(missing.values()) else (('passkey', '--retrieval 0.5'), ('passkey_tune', '--retrieval 0.7 --gap 200 --seed 1')):
         if not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} {flags} {scale["data"]}')
     for seed in args.seeds:
-        left = [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)]
+        left = missing[seed]
         if len(left) < len(todo):
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
