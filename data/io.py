@@ -227,8 +227,7 @@ def get_batch(data, bos, rows, T, seed, step, rank=0, world=1):
 def anchor(windows, bos):
     """
     Windows of equal length cut out of a stream -> int64 (B, T), the first token of each replaced by `bos` (unless None).
-    NoPE reads positions off the attention that this one known token still gets (Kazemnejad et al. 2023, theorem 1); a
-    temperature can rescale them then.
+    NoPE can read positions off the attention that this one known token still gets (Kazemnejad et al. 2023, theorem 1).
     """
     x = torch.from_numpy(np.stack(windows).astype(np.int64))
     if bos is not None:
