@@ -19,10 +19,10 @@ from eval_passkey import heat_map
 
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
-    toy=dict(block_size=128, data='--tokens 60000', train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
+    toy=dict(block_size=128, tokens=(60_000, 60_000), train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
              tune='--length 256 --steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=dict(block_size=256, data='--tokens 12000000', train='--dtype fp32', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
+    tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='--dtype fp32', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
               measure='--eval_tokens 16384 --stride 128', passkey='--depths 10 --trials 20'),
 )
 # row, the run it starts from, extend.py's flags (None: the trained model itself), the corpus it is tuned on
@@ -128,9 +128,9 @@ def main():
     lengths, L = io.int_list(scale['lengths']), scale['block_size']
     todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
     missing = {seed: [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)] for seed in args.seeds}
-    for corpus, flags in () if not any(missing.values()) else (('passkey', '--retrieval 0.5'), ('passkey_tune', '--retrieval 0.7 --gap 200 --seed 1')):
-        if not os.path.exists(f'{out}/{corpus}/meta.json'):
-            run('-m data.passkey.prepare', f'--out {out}/{corpus} {flags} {scale["data"]}')
+    for corpus, flags, tokens in zip(('passkey', 'passkey_tune'), ('--retrieval 0.5', '--retrieval 0.7 --gap 200 --seed 1'), scale['tokens']):
+        if any(missing.values()) and not os.path.exists(f'{out}/{corpus}/meta.json'):
+            run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {flags}')
     for seed in args.seeds:
         left = missing[seed]
         if len(left) < len(todo):
