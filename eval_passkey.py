@@ -12,7 +12,6 @@ tokens are each the likeliest after the true ones before. --decode decodes them 
 Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial. Prompts depend on (seed, length,
 depth, trial) only. Nothing is compiled: each length would compile again.
 """
-import argparse
 import csv
 import os
 
@@ -95,7 +94,7 @@ def plot(rows, block_size, title, file):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = io.parser(__doc__)
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--out', help='folder of the csv (default: the checkpoint\'s)')
     p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')

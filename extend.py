@@ -140,8 +140,8 @@ def uniform(model, data, bos, args, env):
     for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
         set_heads(model, lam)
         total = torch.zeros((), dtype=torch.float64, device=env.device)
-        for i in range(args.grid_batches):           # a seed of its own: not the batches that head tuning sees
-            for x, y in batch(data, bos, args, env, (args.seed, 1), i):
+        for i in range(args.grid_batches):           # steps that head tuning never reaches: other batches than its own
+            for x, y in batch(data, bos, args, env, args.seed, 10**9 + i):
                 with env.autocast():
                     total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
         if env.world > 1:
@@ -272,7 +272,7 @@ def best_or_float(text):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = io.parser(__doc__)
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--data', required=True, help='folder with train.bin (the extension corpus), val.bin (measured), meta.json')
     p.add_argument('--method', required=True, choices=('none', 'uniform', 'head', 'yarn'))

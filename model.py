@@ -57,7 +57,7 @@ class GPTConfig:
 
 PRESETS = dict(
     # CPU minutes: the synthetic passkey corpus
-    tiny=dict(block_size=256, n_layer=3, n_head=4, n_kv_head=4, n_embd=96, n_inner=256, qk_norm=True),
+    tiny=dict(block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_inner=128, qk_norm=True),
     # one GPU, under an hour: real text, 119M parameters with the GPT-2 vocabulary
     small=dict(block_size=1024, n_layer=12, n_head=10, n_kv_head=5, n_embd=640, n_inner=1728),
     # the paper: TinyLlama-1.1B (Wang et al. 2024, sec. 3; vocabulary 32000)

@@ -43,7 +43,7 @@ RECIPES = dict(
 
 
 def get_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = io.parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # files
     p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json')

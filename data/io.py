@@ -3,6 +3,7 @@ What the scripts share: tokenizers by name, .bin files, batches, checkpoints, de
 
 Whatever a user can get wrong ends in fail(): one line that says what to do, exit code 2.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -25,6 +26,13 @@ def fail(message):
     if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def parser(doc):
+    """An argparse.ArgumentParser that shows the docstring as it is and takes no abbreviations; a wrong flag costs one line."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: fail(f'{message} (--help lists the flags)')
+    return p
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ in one, prints one table and the heat maps. What is there already is not run aga
     python -m results.reproduce --scale tiny                              # the headline, one seed
     python -m results.reproduce --scale tiny --seeds 1,2,3 --ablations    # results/tiny.csv, and the figure with --plot
 """
-import argparse
 import csv
 import os
 import shlex
@@ -20,26 +19,26 @@ from eval_passkey import heat_map
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
     toy=dict(block_size=128, tokens=(60_000, 60_000), train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
-             tune='--length 256 --steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
+             target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='--dtype fp32', tune='--length 1024', lengths='256,384,512,768,1024,1536,2048',
-              measure='--eval_tokens 16384 --stride 128', passkey='--depths 10 --trials 20'),
+    tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
+              measure='--eval_tokens 16384 --stride 64', passkey='--depths 10 --trials 20'),
 )
-# row, the run it starts from, extend.py's flags (None: the trained model itself), the corpus it is tuned on
+# row, the run it starts from, extend.py's method (None: the trained model itself) and flags, the corpus it is tuned on
 ROWS = [
-    ('NoPE', 'nope', None, None),
-    ('NoPE uniform', 'nope', '--method uniform', 'passkey_tune'),
-    ('NoPE head', 'nope', '--method head', 'passkey_tune'),
-    ('RoPE', 'rope', None, None),
-    ('RoPE YaRN', 'rope', '--method yarn', 'passkey_tune'),
+    ('NoPE', 'nope', None, '', None),
+    ('NoPE uniform', 'nope', 'uniform', '', 'passkey_tune'),
+    ('NoPE head', 'nope', 'head', '', 'passkey_tune'),
+    ('RoPE', 'rope', None, '', None),
+    ('RoPE YaRN', 'rope', 'yarn', '', 'passkey_tune'),
 ]
 ABLATIONS = [
-    ('RoPE head', 'rope', '--method head', 'passkey_tune'),
-    ('NoPE head, training mix', 'nope', '--method head', 'passkey'),
-    ('NoPE head, from 1.0', 'nope', '--method head --init 1.0', 'passkey_tune'),
-    ('NoPE head, no focus', 'nope', '--method head --no-focus', 'passkey_tune'),
+    ('RoPE head', 'rope', 'head', '', 'passkey_tune'),
+    ('NoPE head, training mix', 'nope', 'head', '', 'passkey'),
+    ('NoPE head, from 1.0', 'nope', 'head', '--init 1.0', 'passkey_tune'),
+    ('NoPE head, no focus', 'nope', 'head', '--no-focus', 'passkey_tune'),
 ]
-COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds')
+COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds', 'flags')
 
 
 def run(script, flags):
@@ -111,7 +110,7 @@ def plot(rows, order, lengths, L, file):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = io.parser(__doc__)
     p.add_argument('--scale', default='tiny')
     p.add_argument('--seeds', type=io.int_list, default=[1])
     p.add_argument('--ablations', action='store_true', help='also the rows that take the method apart')
@@ -127,38 +126,43 @@ def main():
     file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
     lengths, L = io.int_list(scale['lengths']), scale['block_size']
     todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
+    # what makes each row: in the csv too, so that a row which other flags made is made again
+    train_flags = {base: f'--preset tiny --pe {base} --dtype fp32 {scale["train"]}'.strip() for base in ('nope', 'rope')}
+    tune_flags = {name: f'--method {method} --length {scale["target"]} --dtype fp32 {scale["tune"]} {extra}'.strip() for name, _, method, extra, _ in todo}
+    measure_flags = f'--lengths {scale["lengths"]} --dtype fp32'
+    flags = {name: ' | '.join([train_flags[base]] + [f'{tune_flags[name]} on {corpus}'] * bool(method)
+                              + [f'{measure_flags} {scale["measure"]} {scale["passkey"]}']) for name, base, method, _, corpus in todo}
+    done = [d for d in done if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)] for seed in args.seeds}
-    for corpus, flags, tokens in zip(('passkey', 'passkey_tune'), ('--retrieval 0.5', '--retrieval 0.7 --gap 200 --seed 1'), scale['tokens']):
+    for corpus, options, tokens in zip(('passkey', 'passkey_tune'), ('--retrieval 0.5', '--retrieval 0.7 --gap 200 --seed 1'), scale['tokens']):
         if any(missing.values()) and not os.path.exists(f'{out}/{corpus}/meta.json'):
-            run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {flags}')
+            run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
     for seed in args.seeds:
         left = missing[seed]
         if len(left) < len(todo):
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
-        train({f'{out}/{base}-{seed}': f'--preset tiny --pe {base} --data {out}/passkey --seed {seed} --resume {scale["train"]}'
-               for base in dict.fromkeys(r[1] for r in left)})
-        for name, base, method, corpus in left:
+        train({f'{out}/{base}-{seed}': f'{train_flags[base]} --data {out}/passkey --seed {seed} --resume' for base in dict.fromkeys(r[1] for r in left)})
+        for name, base, method, _, corpus in left:
             began, ckpt = time.time(), f'{out}/{base}-{seed}'
             folder = where(out, base, seed, name)
             if method:
-                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {method} {scale["tune"]} --out {folder} --eval_tokens 0')
-                flags = shlex.split(f'{method} {scale["tune"]}')
-                ckpt = f'{folder}/{flags[flags.index("--method") + 1]}-{flags[flags.index("--length") + 1]}.pt'
-            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey_tune --method none --lengths {scale["lengths"]} --out {folder} {scale["measure"]}')
-            run('eval_passkey.py', f'--ckpt {ckpt} --lengths {scale["lengths"]} --out {folder} {scale["passkey"]}')
+                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {tune_flags[name]} --out {folder} --eval_tokens 0')
+                ckpt = f'{folder}/{method}-{scale["target"]}.pt'
+            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey_tune --method none {measure_flags} --out {folder} {scale["measure"]}')
+            run('eval_passkey.py', f'--ckpt {ckpt} {measure_flags} --out {folder} {scale["passkey"]}')
             stem = io.stem(ckpt)
             ppl, pk = read_csv(f'{folder}/{stem}.ppl.csv'), read_csv(f'{folder}/{stem}.passkey.csv')
             for row in ppl:
                 hits = [int(r['accuracy']) for r in pk if r['length'] == row['length']]
                 done.append(dict(seed=seed, row=name, length=row['length'], loss=f'{float(row["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
-                                 prompts=len(hits), seconds=f'{time.time() - began:.0f}'))
+                                 prompts=len(hits), seconds=f'{time.time() - began:.0f}', flags=flags[name]))
             with open(f'{file}.tmp', 'w', newline='') as f:
                 w = csv.DictWriter(f, COLUMNS)
                 w.writeheader()
                 w.writerows(done)
             os.replace(f'{file}.tmp', file)
-    for name, base, method, _ in ROWS:               # the first seed's; the others are in the same folders
+    for name, base, *_ in ROWS:                      # the first seed's; the others are in the same folders
         folder = where(out, base, args.seeds[0], name)
         for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if f.endswith('.passkey.csv'):

@@ -131,6 +131,17 @@ def test_uniform_takes_the_lowest_loss(capsys):
     assert (extend.heads(model) == best).all() and re.search(r' 0\.50 .*best', capsys.readouterr().out)
 
 
+def test_the_grid_and_the_tuning_see_different_batches(monkeypatch):
+    seen, real = [], io.get_batch
+    monkeypatch.setattr(io, 'get_batch', lambda *a: seen.append(real(*a)[0]) or (seen[-1], seen[-1]))
+    model, args = build(), knobs(steps=4)
+    extend.uniform(model, some(4000), None, args, ENV)
+    grid, seen[:] = {x.numpy().tobytes() for x in seen}, []
+    extend.tune(model, some(4000), None, args, ENV)
+    tuning = {x.numpy().tobytes() for x in seen}
+    assert len(grid) == 2 and len(tuning) == 4 and not grid & tuning     # every lambda on the same two
+
+
 @pytest.mark.parametrize('init', ['best', '1.3'])
 def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
     flags = f'--init {init} --steps 1 --lr 1e-9 --eval_tokens 0 --grid 1.2,1.4 --ckpt {trained} --data {corpus} --out {tmp_path}'
@@ -388,7 +399,7 @@ def test_bad_input_of_eval_passkey(case, corpus, trained, tmp_path, capsys):
 def test_bad_flags(main, flags, corpus, trained, tmp_path, capsys):
     assert run(main, f'--ckpt {trained} --out {tmp_path}/out', f'--data {corpus} --method none' if main is extend.main else '', flags) == 2
     err = capsys.readouterr().err
-    assert err.startswith('usage:') and 'error:' in err.splitlines()[-1] and not (tmp_path / 'out').exists()
+    assert err.startswith('error: ') and err.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
 def test_learned_table_has_an_end(corpus, tmp_path, capsys):

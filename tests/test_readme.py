@@ -62,6 +62,15 @@ def test_reproduce_toy(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and 'extend.py' not in again.stdout and io_rows(f'{tmp_path}/toy/table.csv') == rows
     assert last_table(again.stdout) == last_table(first.stdout)
+    # a row that other flags made is made again, alone
+    file = f'{tmp_path}/toy/table.csv'
+    text = open(file).read()
+    lines = [line.replace('--grid 1,1.2', '--grid 1,1.3') if ',NoPE uniform,' in line else line for line in text.splitlines(True)]
+    open(file, 'w').writelines(lines)
+    assert open(file).read() != text
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 0 and third.stdout.count('$ python extend.py') == 2 and '4 of 5 rows are in' in third.stdout
+    assert {r['flags'] for r in io_rows(file)} == {r['flags'] for r in rows}
 
 
 def last_table(out):

@@ -393,7 +393,7 @@ def test_bad_input(case, corpus, other, trained, tmp_path, capsys, monkeypatch):
 def test_bad_flags(flags, corpus, tmp_path, capsys):
     assert run(train.main, TINY, f'--steps 5 --data {corpus} --out {tmp_path}/run', flags) == 2
     err = capsys.readouterr().err
-    assert err.startswith('usage:') and 'error:' in err.splitlines()[-1] and not (tmp_path / 'run').exists()
+    assert err.startswith('error: ') and err.count('\n') == 1 and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('straight', ['adamw'], indirect=True)

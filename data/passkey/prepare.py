@@ -10,7 +10,6 @@ Documents of random length (log-uniform, 64 to 4096 tokens), of two kinds in ran
   story    who lives where, who has what, what colour it is: facts drawn anew for each document and told over and over
            in random order, so that a fact told before can be recalled
 """
-import argparse
 import functools
 import re
 
@@ -84,8 +83,8 @@ def generate(tokens, retrieval, gap, seed):
 
 
 def main():
-    from data.io import fail, get_tokenizer, write_data
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    from data.io import fail, get_tokenizer, parser, write_data
+    p = parser(__doc__)
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
     p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')

@@ -8,14 +8,13 @@ Local text files as training or evaluation data, with any named tokenizer. One f
 A folder gives every file in it and in its subfolders, except where a name begins with a dot or a subfolder is a link.
 Text is taken as it is, so it must be UTF-8; empty files are skipped. Memory holds one document at a time.
 """
-import argparse
 import hashlib
 import os
 
 import numpy as np
 from tqdm import tqdm
 
-from data.io import fail, get_tokenizer, preflight, write_data
+from data.io import fail, get_tokenizer, parser, preflight, write_data
 
 
 def find(paths):
@@ -46,7 +45,7 @@ def read(file):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = parser(__doc__)
     # files
     p.add_argument('files', nargs='+', metavar='FILE_OR_FOLDER', help='the documents')
     p.add_argument('--out', required=True, help='folder for train.bin, val.bin, meta.json')
