@@ -5,7 +5,7 @@
 #     sh results/books.sh BOOKS HELDOUT PROOFS      # results/books.csv; what is there already is not run again
 #
 # PYTHON names an interpreter that has the packages (default .venv/bin/python, which make test builds). The two models
-# are trained side by side, one thread each; --compile takes a C++ compiler.
+# are trained side by side, one thread each, and so is what follows.
 set -e
 out=out/books
 run() { echo "\$ python $*"; "${PYTHON:-.venv/bin/python}" "$@"; }
@@ -15,19 +15,19 @@ run() { echo "\$ python $*"; "${PYTHON:-.venv/bin/python}" "$@"; }
 
 export OMP_NUM_THREADS=1
 train() {
-    run train.py --preset tiny --n_embd 128 --n_head 4 --n_kv_head 4 --n_inner 352 --batch_tokens 8192 --steps 2400 --seed 1 \
-        --compile --pe $1 --data $out/books --out $out/$1 --resume > $out/$1.txt
+    run train.py --preset tiny --n_layer 4 --n_embd 128 --n_head 4 --n_kv_head 4 --n_inner 352 --batch_tokens 8192 --steps 1200 --seed 1 \
+        --dtype fp32 --pe $1 --data $out/books --out $out/$1 --resume > $out/$1.txt
 }
 train rope & other=$!
 train nope; wait $other
 
 # stretch PE METHOD LENGTH
-stretch() { [ -f $out/$1/$2-$3.pt ] || run extend.py --ckpt $out/$1 --data $out/books --method $2 --length $3 --eval_tokens 0; }
+stretch() { [ -f $out/$1/$2-$3.pt ] || run extend.py --ckpt $out/$1 --data $out/books --method $2 --length $3 --dtype fp32 --eval_tokens 0; }
 # measure CKPT: on both corpora
 measure() {
     for corpus in books proofs; do
         to=$out/on-$corpus/$(basename $(dirname $1))
-        [ -f $to/$(basename $1 .pt).ppl.csv ] || run extend.py --ckpt $1 --data $out/$corpus --method none --lengths 256,384,512,768,1024,1536,2048 --stride 128 --eval_tokens 32768 --out $to
+        [ -f $to/$(basename $1 .pt).ppl.csv ] || run extend.py --ckpt $1 --data $out/$corpus --method none --lengths 256,384,512,768,1024,1536,2048 --stride 128 --eval_tokens 32768 --dtype fp32 --out $to
     done
 }
 both() { stretch $1 $2 $3; measure $out/$1/$2-$3.pt; }

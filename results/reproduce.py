@@ -22,7 +22,7 @@ SCALES = dict(
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
     tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
-              measure='--eval_tokens 16384 --stride 64', passkey='--depths 10 --trials 20'),
+              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
 )
 # row, the run it starts from, extend.py's method (None: the trained model itself) and flags, the corpus it is tuned on
 ROWS = [

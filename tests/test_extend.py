@@ -124,7 +124,7 @@ def test_uniform_takes_the_lowest_loss(capsys):
     for lam, loss in curve:
         for b in ref.blocks:
             b.attn.scale.fill_(lam)
-        batches = [io.get_batch(data, 7, 8, 40, (3, 1), i) for i in range(2)]
+        batches = [io.get_batch(data, 7, 8, 40, 3, 10**9 + i) for i in range(2)]
         want = [F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten()).item() for x, y in batches]
         assert loss == pytest.approx(sum(want) / 2, abs=1e-5)
     assert [lam for lam, _ in curve] == args.grid and best == min(curve, key=lambda c: c[1])[0] == args.grid[0]
