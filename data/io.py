@@ -369,7 +369,7 @@ def pyplot(file):
 
 
 def int_list(text):
-    """'256,512' -> [256, 512]; argparse turns the ValueError into its usage line."""
+    """'256,512' -> [256, 512]; argparse turns the ValueError into its error line."""
     return [int(x) for x in text.split(',')]
 
 
