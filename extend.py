@@ -1,16 +1,25 @@
 """
-Extends a trained checkpoint past its training length by sharpening its attention, and measures what that does.
+Extends a trained checkpoint past its training length, and measures what that does.
 
     python extend.py --ckpt out/nope --data data/passkey --method none                     # evaluate only
     python extend.py --ckpt out/nope --data data/passkey --method uniform --length 1024    # one temperature for all heads
     python extend.py --ckpt out/nope --data data/passkey --method head --length 1024       # one for each (layer, head)
+    python extend.py --ckpt out/rope --data data/passkey --method longrope --length 1024 --population 16 --iterations 10
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/tinyllama --data data/corpus --method head --length 8192 --lr 0.1
 the paper's perplexity protocol: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152
 
-uniform  a grid over lambda: the one with the lowest loss at --length on train.bin (Wang et al. 2024, sec. 3)
-yarn     for RoPE: slower frequencies and the temperature that goes with them, untuned (Peng et al. 2024, the comparison)
-head     lambda_h for each head tuned by gradient at --length with every weight frozen (sec. 4, eq. 4 to 6, app. A):
-         from the best uniform one, 200 steps of AdamW, never below 1 (the focus constraint)
+for any encoding, by sharper attention: lambda_h(i) = scale_h + slope_h ln max(1, i / L), training length L
+  uniform      one scale for all heads: the one on --grid with the lowest loss at --length on train.bin (Wang et al. 2024, sec. 3)
+  head         scale_h of each head, tuned by gradient at --length with every weight frozen (sec. 4, eq. 4 to 6, app. A):
+               from the best uniform one, 200 steps of AdamW, never below 1 (the focus constraint)
+  uniform-log  the same two for the slope, never below 0, with scale 1: the model is unchanged, bit for bit, up to its
+  head-log     training length, and past it sharpens with the logarithm of what each query sees
+for RoPE, by slower rotation, without training (fine-tune with train.py --init_from, --length):
+  pi           every frequency divided by s = length / L (Chen et al. 2023)
+  ntk          a larger base; recomputed for each evaluated length it is dynamic NTK (bloc97 2023)
+  yarn         by parts, with a temperature (Peng et al. 2024)
+  longrope     a divisor for each frequency, and first positions that are not stretched, by evolutionary search (Ding et al. 2024)
+
 Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and for it
   .ppl.csv      perplexity by length, over the same tokens of val.bin at every length: those past the longest one. Each
                 window has exactly the length named and scores its last `stride` tokens, so that a scored token sees
@@ -23,6 +32,7 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -30,15 +40,15 @@ from tqdm import tqdm
 from data import io
 
 
-def heads(model):
-    """The temperatures of all heads, (n_layer, n_head)."""
-    return torch.stack([b.attn.scale.detach() for b in model.blocks]).cpu()
+def heads(model, what='scale'):
+    """The temperatures of all heads, or their slopes, (n_layer, n_head)."""
+    return torch.stack([getattr(b.attn, what).detach() for b in model.blocks]).cpu()
 
 
-def set_heads(model, value):
+def set_heads(model, value, what='scale'):
     """value: a number, or a tensor (n_layer, n_head)."""
     for b, v in zip(model.blocks, torch.as_tensor(value, dtype=torch.float32).expand(len(model.blocks), model.config.n_head)):
-        b.attn.scale.data.copy_(v)
+        getattr(b.attn, what).data.copy_(v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,10 +93,10 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens):
     return rows
 
 
-def attention_entropy(q, k, block=256):
+def attention_entropy(q, k, block=256, bias=None):
     """
-    q (B, nh, T, hs), k (B, nkv, T, hs) -> (nh, T): the entropy of each query's causal attention in nats, mean over B
-    (Wang et al. 2024, eq. 2). Exact, and `block` rows of the T x T scores at a time.
+    q (B, nh, T, hs), k (B, nkv, T, hs), bias (1, nh, T, T) on the scores -> (nh, T): the entropy of each query's causal
+    attention in nats, mean over B (Wang et al. 2024, eq. 2). Exact, and `block` rows of the T x T scores at a time.
     """
     B, nh, T, hs = q.shape
     k = k.repeat_interleave(nh // k.size(1), dim=1).float()
@@ -94,6 +104,8 @@ def attention_entropy(q, k, block=256):
     with torch.autocast(q.device.type, enabled=False):       # or the fp32 product would go back to bf16
         for i in range(0, T, block):
             s = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)      # (B, nh, block, <= i + block)
+            if bias is not None:
+                s = s + bias[..., i:i + block, :i + block]
             future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(i + 1)
             s = s.masked_fill(future, -math.inf).log_softmax(-1)
             out.append(-(s.exp() * s.masked_fill(future, 0)).sum(-1).mean(0))
@@ -104,7 +116,7 @@ def attention_entropy(q, k, block=256):
 def entropies(model, docs, T, env, samples=4):
     """-> (n_layer, n_head, T), mean over the first T tokens of up to `samples` documents, shared out over ranks."""
     found = []
-    hooks = [b.attn.register_forward_pre_hook(lambda m, x: found.append(attention_entropy(*m.qkv(*x[:3])[:2]))) for b in model.blocks]
+    hooks = [b.attn.register_forward_pre_hook(lambda m, x: found.append(attention_entropy(*m.qkv(*x[:3])[:2], bias=x[3]))) for b in model.blocks]
     docs, total = [d for d in docs if len(d) >= T][:samples], 0
     for d in docs[env.rank::env.world]:
         found.clear()
@@ -134,26 +146,54 @@ def evaluate(model, docs, bos, lengths, args, env):
 # extending
 
 @torch.no_grad()
+def loss_of(model, data, bos, args, env):
+    """Mean loss at args.length on the --grid_batches batches that every candidate is tried on."""
+    total = torch.zeros((), dtype=torch.float64, device=env.device)
+    for i in range(args.grid_batches):               # steps that head tuning never reaches: other batches than its own
+        for x, y in batch(data, bos, args, env, args.seed, 10**9 + i):
+            with env.autocast():
+                total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
+    if env.world > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+def slope_for(lam, model, args):
+    """The slope with which a query at args.length has the temperature lam."""
+    return (lam - 1) / math.log(args.length / model.config.block_size)
+
+
 def uniform(model, data, bos, args, env):
-    """Tries every lambda of args.grid on the same batches at args.length -> (best lambda, [(lambda, loss)])."""
-    curve = []
+    """Tries every lambda of args.grid, the temperature at args.length -> (best lambda, [(lambda, loss)])."""
+    curve, log = [], args.method.endswith('-log')
+    put = lambda lam: set_heads(model, slope_for(lam, model, args), 'slope') if log else set_heads(model, lam)
     for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
-        set_heads(model, lam)
-        total = torch.zeros((), dtype=torch.float64, device=env.device)
-        for i in range(args.grid_batches):           # steps that head tuning never reaches: other batches than its own
-            for x, y in batch(data, bos, args, env, args.seed, 10**9 + i):
-                with env.autocast():
-                    total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
-        if env.world > 1:
-            dist.all_reduce(total)
-        curve.append((lam, total.item()))
+        put(lam)
+        curve.append((lam, loss_of(model, data, bos, args, env)))
     best = min(curve, key=lambda c: c[1])[0]
-    set_heads(model, best)
+    put(best)
     width = 40 / max(1e-9, max(c[1] for c in curve) - min(c[1] for c in curve))
-    env.print(f'uniform lambda at length {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
+    env.print(f'uniform lambda at {"position" if log else "length"} {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
     for lam, loss in curve:
         env.print(f'  {lam:5.2f}  {loss:.4f}  ' + '#' * int((loss - min(c[1] for c in curve)) * width) + ('  <- best' if lam == best else ''))
     return best, curve
+
+
+def trained_frequencies(c):
+    d = c.n_embd // c.n_head
+    return [c.rope_theta ** (-2 * i / d) for i in range(d // 2)]
+
+
+def pi(c, length):
+    """Position interpolation (Chen et al. 2023, eq. 4): -> (hs/2 inverse frequencies, temperature 1)."""
+    return [f * c.block_size / length for f in trained_frequencies(c)], 1.0
+
+
+def ntk(c, length):
+    """NTK-aware scaling (bloc97; YaRN's eq. 14 to 16): base b s^(d / (d - 2)) -> (hs/2 inverse frequencies, temperature 1)."""
+    d = c.n_embd // c.n_head
+    base = c.rope_theta * (length / c.block_size) ** (d / max(1, d - 2))
+    return [base ** (-2 * i / d) for i in range(d // 2)], 1.0
 
 
 def yarn(c, length):
@@ -164,9 +204,67 @@ def yarn(c, length):
     d, s = c.n_embd // c.n_head, length / c.block_size
     dim = lambda turns: d * math.log(c.block_size / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
     low, high = max(0, math.floor(dim(32))), min(d - 1, math.ceil(dim(1)))
-    freq = [c.rope_theta ** (-2 * i / d) for i in range(d // 2)]
     slow = [min(1.0, max(0.0, (i - low) / max(1e-3, high - low))) for i in range(d // 2)]      # 0: keep, 1: divide by s
-    return [f * (1 - r) + f / s * r for f, r in zip(freq, slow)], (0.1 * math.log(s) + 1) ** 2
+    return [f * (1 - r) + f / s * r for f, r in zip(trained_frequencies(c), slow)], (0.1 * math.log(s) + 1) ** 2
+
+
+ROPE = dict(pi=pi, ntk=ntk, yarn=yarn)
+N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+
+
+def longrope(model, data, bos, args, env):
+    """
+    LongRoPE (Ding et al. 2024, eq. 3, alg. 1): divisors of the frequencies, 1 <= r_0 <= r_1 <= ... <= 1.25 s, and n-hat,
+    so many first positions that are not stretched, by evolution from PI, NTK and YaRN. Lowest loss at args.length wins.
+    -> (hs/2 inverse frequencies, n-hat, [(candidates tried, best loss)]). Leaves the model with them.
+    """
+    c, rng, known = model.config, np.random.default_rng(args.seed), {}
+    freq, top = trained_frequencies(c), 1.25 * max(1.0, args.length / c.block_size)
+    parts = args.population // 4                     # mutants a generation, and as many crossings; twice as many parents
+    monotone = lambda r: all(a <= b for a, b in zip(r, r[1:]))
+
+    def put(candidate):
+        model.inv_freq.copy_(torch.tensor([f / r for f, r in zip(freq, candidate[:-1])]))
+        c.rope_start = candidate[-1]
+
+    def mutate(candidate):
+        """Each divisor, with probability 0.3, anew between its neighbours in steps of 0.01; so n-hat, from its list."""
+        new = list(candidate)
+        for i in range(len(freq)):
+            if rng.random() < 0.3:
+                low, high = new[i - 1] if i else 1.0, candidate[i + 1] if i + 1 < len(freq) else top
+                new[i] = min(high, low + 0.01 * int(rng.integers(int((high - low) / 0.01 + 1e-6) + 1)))
+        if rng.random() < 0.3:
+            new[-1] = int(rng.choice(N_HAT))
+        return tuple(new)
+
+    def cross(a, b):
+        """a with 30 % of its numbers from b, where that is monotone."""
+        for _ in range(20):
+            new = tuple(y if rng.random() < 0.3 else x for x, y in zip(a, b))
+            if monotone(new[:-1]):
+                return new
+        return a
+
+    seeds = [tuple(min(top, max(1.0, f / g)) for f, g in zip(freq, method(c, args.length)[0])) + (0,) for method in ROPE.values()]
+    some = lambda of: of[int(rng.integers(len(of)))]
+    generation, curve = seeds + [mutate(some(seeds)) for _ in range(args.population - len(seeds))], []
+    with tqdm(total=args.population + 2 * parts * args.iterations, desc=f'longrope at {args.length}', disable=not env.master, dynamic_ncols=True) as bar:
+        for i in range(args.iterations + 1):
+            for candidate in generation:
+                if candidate not in known:
+                    put(candidate)
+                    known[candidate] = loss_of(model, data, bos, args, env)
+                bar.update()
+            parents = sorted(known, key=known.get)[:max(2, 2 * parts)]
+            curve.append((len(known), known[parents[0]]))
+            bar.set_postfix_str(f'loss {known[parents[0]]:.4f}')
+            generation = [mutate(some(parents)) for _ in range(parts)] + [cross(some(parents), some(parents)) for _ in range(parts)]
+    for name, seed in zip(ROPE, seeds):
+        env.print(f'  {name:8} {known[seed]:.4f}')
+    env.print(f'  longrope {known[parents[0]]:.4f}  n-hat {parents[0][-1]}, divisors ' + ' '.join(f'{r:.2f}' for r in parents[0][:-1]))
+    put(parents[0])
+    return model.inv_freq.tolist(), parents[0][-1], curve
 
 
 def batch(data, bos, args, env, seed, step):
@@ -177,16 +275,17 @@ def batch(data, bos, args, env, seed, step):
 
 def tune(model, data, bos, args, env):
     """
-    The paper's head-based tuning of the temperatures that `model` has now: everything else frozen, language-model loss
-    at args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth of the steps, a cosine
-    to a tenth. With args.focus no lambda goes below 1 (eq. 6). Returns the losses.
+    The paper's head-based tuning of the temperatures that `model` has now (head-log: of their slopes): everything else
+    frozen, language-model loss at args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth
+    of the steps, a cosine to a tenth. With args.focus no scale goes below 1 (eq. 6), no slope below 0. Returns the losses.
     """
     model.requires_grad_(False)
-    params = [b.attn.scale.requires_grad_() for b in model.blocks]
+    what = 'slope' if args.method == 'head-log' else 'scale'
+    params = [getattr(b.attn, what).requires_grad_() for b in model.blocks]
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     net = torch.compile(model, dynamic=False) if (args.compile if args.compile is not None else 'cuda' in env.device) else model
     losses, warmup = [], max(1, args.steps // 10)
-    bar = tqdm(range(args.steps), desc=f'head at {args.length}', disable=not env.master, dynamic_ncols=True)
+    bar = tqdm(range(args.steps), desc=f'{args.method} at {args.length}', disable=not env.master, dynamic_ncols=True)
     for step in bar:
         t = (step - warmup) / max(1, args.steps - warmup)
         opt.param_groups[0]['lr'] = args.lr * ((step + 1) / warmup if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * t)))
@@ -208,10 +307,10 @@ def tune(model, data, bos, args, env):
         opt.zero_grad()
         if args.focus:
             for p in params:
-                p.data.clamp_(min=1.0)
+                p.data.clamp_(min=1.0 if what == 'scale' else 0.0)
         losses.append(flat[0].item())
         lam = torch.cat([p.data for p in params])
-        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min().item():.2f} to {lam.max().item():.2f}')
+        bar.set_postfix_str(f'loss {losses[-1]:.4f}, {what} {lam.min().item():.2f} to {lam.max().item():.2f}')
     return losses
 
 
@@ -244,7 +343,7 @@ def show(results, lengths, block_size, env):
         env.print(f'{pos:>8} {pos / block_size:>5g}x   ' + ''.join(f'{c:>22}' for c in cells) + f'{math.log(pos):>23.2f}')
 
 
-def plot(results, lam, block_size, file):
+def plot(results, model, block_size, file):
     plt = io.pyplot(file)
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4), layout='constrained')
     for name, (ppl, ent) in results.items():
@@ -258,8 +357,9 @@ def plot(results, lam, block_size, file):
         ax.set(xlabel='length' if ax is a else 'position', ylabel=y, xscale='log')
         ax.legend()
     a.set_yscale('log')
-    fig.colorbar(c.imshow(lam, cmap='viridis', aspect='auto'), ax=c)
-    c.set(xlabel='head', ylabel='layer', title='temperature of each head')
+    what = 'slope' if heads(model, 'slope').any() else 'scale'
+    fig.colorbar(c.imshow(heads(model, what), cmap='viridis', aspect='auto'), ax=c)
+    c.set(xlabel='head', ylabel='layer', title=f'{what} of each head\'s temperature')
     fig.savefig(file, dpi=150)
 
 
@@ -275,19 +375,22 @@ def main():
     p = io.parser(__doc__)
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--data', required=True, help='folder with train.bin (the extension corpus), val.bin (measured), meta.json')
-    p.add_argument('--method', required=True, choices=('none', 'uniform', 'head', 'yarn'))
+    p.add_argument('--method', required=True, choices=('none', 'uniform', 'head', 'uniform-log', 'head-log', 'pi', 'ntk', 'yarn', 'longrope'))
     p.add_argument('--length', type=int, help='tokens a row while extending, L\' in the paper (default 4 times the training length)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
-    # uniform
-    p.add_argument('--grid', type=float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size)')
-    p.add_argument('--grid_batches', type=int, default=4, help='batches that each lambda is tried on')
+    # uniform, and where head starts
+    p.add_argument('--grid', type=float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size); uniform-log: those at --length')
+    p.add_argument('--grid_batches', type=int, default=4, help='batches that each candidate is tried on')
     # head; the paper's values (app. A)
-    p.add_argument('--init', type=best_or_float, default='best', help='best: the best uniform lambda, found first; or a number')
-    p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every lambda at 1 or above (eq. 6)')
+    p.add_argument('--init', type=best_or_float, default='best', help='best: the best uniform lambda, found first; or a number (head-log: the lambda at --length)')
+    p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every scale at 1 or above (eq. 6), every slope at 0 or above')
     p.add_argument('--lr', type=float, default=0.05, help='0.05 or 0.1 in the paper')
     p.add_argument('--steps', type=int, default=200)
     p.add_argument('--batch', type=int, default=8, help='rows a step, over all processes')
     p.add_argument('--micro_batch', type=int, help='rows in one forward pass (default: this process\'s share of --batch)')
+    # longrope (the paper's values, table 9)
+    p.add_argument('--population', type=int, default=64, help='candidates in the first generation; later ones have half as many new ones')
+    p.add_argument('--iterations', type=int, default=40, help='generations after the first')
     # measuring
     p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
     p.add_argument('--stride', type=int, help='tokens that each window scores (default: half the shortest length; paper 256)')
@@ -300,7 +403,7 @@ def main():
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
     p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
     args = p.parse_args()
-    for name in ('grid_batches', 'steps', 'batch', 'batch_tokens', 'length', 'stride', 'micro_batch'):
+    for name in ('grid_batches', 'steps', 'batch', 'iterations', 'batch_tokens', 'length', 'stride', 'micro_batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
     if args.lengths and min(args.lengths) < 2:
@@ -311,7 +414,10 @@ def main():
         io.fail(f'--lr {args.lr} must be a positive number')
     if args.eval_tokens < 0:
         io.fail(f'--eval_tokens {args.eval_tokens} must not be negative')
-    if args.method == 'head' and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
+    if args.population < 4:
+        io.fail(f'--population {args.population} must be at least 4')
+    tuned, log = args.method in ('head', 'head-log'), args.method.endswith('-log')
+    if tuned and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
         io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
 
     if args.plot:
@@ -340,10 +446,12 @@ def main():
         windows(docs, lengths[-1], args.stride, 1)   # too short a val.bin is known before the work
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 8 * sum(p.numel() for p in model.parameters()))
-    if args.method != 'none' and (heads(model) != 1).any():
+    if args.method != 'none' and ((heads(model) != 1) | (heads(model, 'slope') != 0)).any():
         io.fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
-    if args.method == 'yarn' and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
-        io.fail(f'--method yarn stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
+    if (args.method in ROPE or args.method == 'longrope') and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
+        io.fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
+    if log and args.length <= L:
+        io.fail(f'--method {args.method} changes what lies past the training length {L}: --length {args.length} must be longer')
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
 
     results, name = {}, io.stem(args.ckpt)
@@ -354,23 +462,28 @@ def main():
             write_csv(f'{out}/{name}.entropy.csv', results[name][1])
     if args.method != 'none':
         start, curve, losses = time.time(), [], []
-        if args.method == 'yarn':
-            ckpt['config']['rope_inv_freq'], lam = yarn(model.config, args.length)
+        if args.method in ROPE:
+            ckpt['config']['rope_inv_freq'], lam = ROPE[args.method](model.config, args.length)
             model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
             set_heads(model, lam)
-        if args.method == 'uniform' or args.method == 'head' and args.init == 'best':
+        elif args.method == 'longrope':
+            ckpt['config']['rope_inv_freq'], ckpt['config']['rope_start'], curve = longrope(model, data, meta['bos'], args, env)
+        elif not tuned or args.init == 'best':
             best, curve = uniform(model, data, meta['bos'], args, env)
-        if args.method == 'head':
-            set_heads(model, max(best, float(args.focus)) if args.init == 'best' else args.init)
+        if tuned:
+            lam = max(best, float(args.focus)) if args.init == 'best' else args.init
+            set_heads(model, slope_for(lam, model, args) if log else lam, 'slope' if log else 'scale')
             losses = tune(model, data, meta['bos'], args, env)
-            env.print('temperature of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model).tolist()))
+            env.print(f'{"slope of the" if log else ""} temperature of each head (a row a layer):\n'.lstrip() + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row)
+                      for row in heads(model, 'slope' if log else 'scale').tolist()))
         name = f'{args.method}-{args.length}'
-        tokens = len(losses) * args.batch * args.length + len(curve) * args.grid_batches * args.batch * args.length
+        tried = curve[-1][0] if args.method == 'longrope' else len(curve)
+        tokens = len(losses) * args.batch * args.length + tried * args.grid_batches * args.batch * args.length
         if env.master:
             io.save_checkpoint(f'{out}/{name}.pt', dict(
                 model={k: v.cpu() for k, v in model.state_dict().items()}, config=ckpt['config'], optimizer=None, step=ckpt['step'],
                 tokens=ckpt['tokens'], seed=ckpt['seed'], args=ckpt['args'], fingerprint=ckpt['fingerprint'], tokenizer=ckpt['tokenizer'],
-                extended=dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'], heads=heads(model).tolist(),
+                extended=dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'], heads=heads(model).tolist(), slopes=heads(model, 'slope').tolist(),
                               curve=curve, losses=losses, tokens=tokens, seconds=time.time() - start)))
         env.print(f'{out}/{name}.pt: {tokens:,} tokens, {time.time() - start:.0f} s')
         if args.eval_tokens:
@@ -381,7 +494,7 @@ def main():
     if results:
         show(results, lengths, L, env)
         if args.plot and env.master:
-            plot(results, heads(model), L, args.plot)
+            plot(results, model, L, args.plot)
     io.finish()
 
 

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-ENCODINGS = ('nope', 'rope', 'learned', 'sinusoidal')
+ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
 
 
 @dataclass
@@ -38,6 +38,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_inv_freq: list = None   # hs/2 inverse frequencies; PI, NTK, YaRN, LongRoPE write theirs here. None: from rope_theta
+    rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
@@ -100,6 +101,24 @@ def sinusoid(pos, C):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :C]
 
 
+def t5_bucket(n):
+    """
+    Raffel et al. 2020: distances n >= 0, in tokens -> one of 32 buckets. The first 16 hold one distance each, the others
+    grow with its logarithm up to 128, and the last one holds all that are further.
+    """
+    far = 16 + (torch.log(n.clamp(min=1) / 16) / math.log(128 / 16) * 16).long()
+    return torch.where(n < 16, n, far.clamp(max=31))
+
+
+def alibi_slopes(n_head):
+    """
+    Press et al. 2022, sec. 3: head h of n gets 2^(-8h/n). Where n is no power of two, as in its code: the slopes of the
+    power of two below, then every second one of the power above.
+    """
+    n = 2 ** int(math.log2(n_head))
+    return [2 ** (-8 * h / n) for h in range(1, n + 1)] + [2 ** (-4 * h / n) for h in range(1, 2 * n, 2)][:n_head - n]
+
+
 class Attention(nn.Module):
 
     def __init__(self, c, layer):
@@ -128,19 +147,17 @@ class Attention(nn.Module):
         q = q * lam[:, :, None]                      # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
-    def forward(self, x, rope, log_len, cache=None):
+    def forward(self, x, rope, log_len, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x, rope, log_len)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if q.is_cuda and q.dtype == torch.float32 and self.nkv < self.nh:
-            # no fused fp32 kernel on CUDA takes grouped queries (torch 2.11): repeated keys keep it off the math path
+        if q.is_cuda and self.nkv < self.nh and (q.dtype == torch.float32 or mask is not None):
+            # no fused kernel on CUDA takes grouped queries in fp32 or with a mask (torch 2.11): repeated keys keep it off the math path
             k, v = (z.repeat_interleave(self.nh // self.nkv, dim=1) for z in (k, v))
-        Tk, mask = k.size(2), None
-        if 1 < T < Tk:                               # a chunk after cached keys: is_causal would align to the top left
-            mask = torch.ones(T, Tk, dtype=torch.bool, device=x.device).tril(Tk - T)
-        # pe='t5' and 'alibi' add their bias to the scores here: as attn_mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == Tk, enable_gqa=k.size(1) < self.nh)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.type_as(q)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=k.size(1) < self.nh)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -165,8 +182,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, log_len, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope, log_len, cache)
+    def forward(self, x, rope, log_len, mask=None, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope, log_len, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -179,13 +196,18 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pe == 'learned':
             self.pos_embed = nn.Embedding(c.block_size, c.n_embd)
+        elif c.pe == 't5':
+            self.pos_bias = nn.Embedding(32, c.n_head)           # one table for all layers
+        elif c.pe == 'alibi':
+            self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head)), persistent=False)
+        elif c.pe == 'rope':
+            hs = c.n_embd // c.n_head
+            trained = [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+            self.register_buffer('trained_freq', torch.tensor(trained, dtype=torch.float32), persistent=False)
+            self.register_buffer('inv_freq', torch.tensor(c.rope_inv_freq or trained, dtype=torch.float32), persistent=False)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        if c.pe == 'rope':
-            hs = c.n_embd // c.n_head
-            inv_freq = c.rope_inv_freq or [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
-            self.register_buffer('inv_freq', torch.tensor(inv_freq, dtype=torch.float32), persistent=False)
         # TinyLlama's initialisation (its lit_gpt/model.py): sqrt(2 / 5d), and 1 / (sqrt(d) n_layer) into the residual
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -201,23 +223,30 @@ class GPT(nn.Module):
         ValueError past the table of pe='learned'.
         """
         c, start = self.config, cache.len if cache is not None else 0
-        pos = torch.arange(start, start + idx.size(1), device=idx.device)
+        end = start + idx.size(1)
+        pos = torch.arange(start, end, device=idx.device)
         x = self.embed(idx)                          # (B, T, C)
-        rope = None
+        rope = mask = None
+        if 0 < start < end - 1:                      # a chunk after cached keys: is_causal would align to the top left
+            mask = torch.ones(end - start, end, dtype=torch.bool, device=idx.device).tril(start)
         if c.pe == 'learned':
-            if start + idx.size(1) > c.block_size:
-                raise ValueError(f'pe=learned has a table of {c.block_size} positions; {start + idx.size(1)} were asked for')
+            if end > c.block_size:
+                raise ValueError(f'pe=learned has a table of {c.block_size} positions; {end} were asked for')
             x = x + self.pos_embed(pos)
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
+        elif c.pe in ('t5', 'alibi'):                # (1, nh, T, end): added to the scores, after the temperature
+            n = pos[:, None] - torch.arange(end, device=idx.device)          # how far back each key lies
+            mask = self.pos_bias(t5_bucket(n.clamp(min=0))).permute(2, 0, 1) if c.pe == 't5' else -self.slopes[:, None, None] * n
+            mask = mask.masked_fill(n < 0, -math.inf)[None]      # 4-D, or the fused kernel refuses it
         elif c.pe == 'rope':
-            angle = pos[:, None].float() * self.inv_freq
+            angle = pos[:, None].float() * torch.where(pos[:, None] < c.rope_start, self.trained_freq, self.inv_freq)
             rope = angle.cos(), angle.sin()          # (T, hs/2) each
         log_len = ((pos + 1) / c.block_size).clamp(min=1).log()      # 0 up to block_size
         for block in self.blocks:
-            x = block(x, rope, log_len, cache)
+            x = block(x, rope, log_len, mask, cache)
         if cache is not None:
-            cache.len += idx.size(1)
+            cache.len = end
         x = self.norm(x if rows is None else x[:, rows])
         if targets is None:
             return self.lm_head(x), None
@@ -250,7 +279,7 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Parameters without the embedding tables, which only look up."""
-        return sum(p.numel() for n, p in self.named_parameters() if 'embed' not in n)
+        return sum(p.numel() for n, p in self.named_parameters() if 'embed' not in n and n != 'pos_bias.weight')
 
     def flops_per_token(self, T):
         """Training FLOPs a token at length T as PaLM (app. B) counts them: 6N + 12 n_layer n_embd T, attention un-halved."""

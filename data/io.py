@@ -309,7 +309,7 @@ def load_model(ckpt, **override):
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
     # a position table comes and goes with pe; everything else must be there, in the same shape
-    diff = [k for k in want if k not in have and 'pos_embed' not in k] + [k for k in have if k not in want and 'pos_embed' not in k]
+    diff = [k for k in want if k not in have and not k.startswith('pos_')] + [k for k in have if k not in want and not k.startswith('pos_')]
     diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
     if diff:
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')

@@ -24,6 +24,8 @@ SCALES = dict(
     tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
               measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
 )
+# the runs that rows start from
+BASES = {'nope': '--pe nope', 'rope': '--pe rope', 'rope-2x': '--pe rope --steps 4800'}
 # row, the run it starts from, extend.py's method (None: the trained model itself) and flags, the corpus it is tuned on
 ROWS = [
     ('NoPE', 'nope', None, '', None),
@@ -34,6 +36,9 @@ ROWS = [
 ]
 ABLATIONS = [
     ('RoPE head', 'rope', 'head', '', 'passkey_tune'),
+    ('RoPE, twice the steps', 'rope-2x', None, '', None),        # the twin has not learned the passkey in its window by then
+    ('RoPE YaRN, twice the steps', 'rope-2x', 'yarn', '', 'passkey_tune'),
+    ('RoPE head, twice the steps', 'rope-2x', 'head', '', 'passkey_tune'),
     ('NoPE head, training mix', 'nope', 'head', '', 'passkey'),
     ('NoPE head, from 1.0', 'nope', 'head', '--init 1.0', 'passkey_tune'),
     ('NoPE head, no focus', 'nope', 'head', '--no-focus', 'passkey_tune'),
@@ -127,7 +132,7 @@ def main():
     lengths, L = io.int_list(scale['lengths']), scale['block_size']
     todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
     # what makes each row: in the csv too, so that a row which other flags made is made again
-    train_flags = {base: f'--preset tiny --pe {base} --dtype fp32 {scale["train"]}'.strip() for base in ('nope', 'rope')}
+    train_flags = {base: f'--preset tiny {pe} --dtype fp32 {scale["train"]}'.strip() for base, pe in BASES.items()}
     tune_flags = {name: f'--method {method} --length {scale["target"]} --dtype fp32 {scale["tune"]} {extra}'.strip() for name, _, method, extra, _ in todo}
     measure_flags = f'--lengths {scale["lengths"]} --dtype fp32'
     flags = {name: ' | '.join([train_flags[base]] + [f'{tune_flags[name]} on {corpus}'] * bool(method)

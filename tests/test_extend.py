@@ -16,7 +16,7 @@ import extend
 import train
 from data import io
 from data.passkey import prepare as passkey
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, t5_bucket
 from test_train import BATCH, CPU, TINY, bits, close, corpus, other, refused, run, start, trained, wait      # noqa: F401 (some are fixtures)
 
 ENV = io.setup(SimpleNamespace(device='cpu', dtype='fp32', seed=0))
@@ -40,7 +40,7 @@ def some(*shape):
 
 def knobs(**changed):
     """extend.py's flags, as its functions get them."""
-    return SimpleNamespace(**dict(length=40, batch=8, micro_batch=8, seed=3, lr=0.03, steps=20, focus=True, compile=False,
+    return SimpleNamespace(**dict(length=40, batch=8, micro_batch=8, seed=3, method='head', lr=0.03, steps=20, focus=True, compile=False,
                                   grid=[0.5, 1, 1.7], grid_batches=2) | changed)
 
 
@@ -152,6 +152,89 @@ def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
     assert os.listdir(tmp_path) == ['head-128.pt']   # --eval_tokens 0 measures nothing
 
 
+@pytest.mark.parametrize('method', ['uniform-log', 'head-log'])
+def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path, capsys):
+    assert run(extend.main, HEAD, f'--method {method} --grid 1.2,1.6 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}') == 0
+    old, new = io.load_checkpoint(trained), io.load_checkpoint(f'{tmp_path}/{method}-128.pt')
+    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {f'blocks.{i}.attn.slope' for i in (0, 1)}
+    before, after, L = io.load_model(old), io.load_model(new), old['config']['block_size']
+    slopes, best = extend.heads(after, 'slope'), min(new['extended']['curve'], key=lambda c: c[1])[0]
+    assert new['extended']['slopes'] == slopes.tolist() and (slopes >= 0).all() and len(new['extended']['losses']) == (4 if method == 'head-log' else 0)
+    if method == 'uniform-log':                      # --grid names the temperature that a query at --length has
+        torch.testing.assert_close(1 + slopes * math.log(128 / L), torch.full_like(slopes, best))
+    idx = torch.randint(before.config.vocab_size, (2, 128))
+    with torch.no_grad():
+        a, b = before(idx)[0], after(idx)[0]
+    assert torch.equal(a[:, :L], b[:, :L]) and (a[:, L:] != b[:, L:]).any(-1).all()
+    refused(capsys, extend.main, f'{HEAD} --ckpt {trained} --data {corpus} --method {method} --length {L}', ' : past the training length')
+    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/{method}-128.pt --data {corpus}', ' : extended already')
+
+
+def test_head_log_follows_the_gradient():
+    model, data, args = build(), some(2000), knobs(method='head-log', steps=1, lr=0.03)
+    extend.set_heads(model, 1)
+    extend.set_heads(model, 0.3, 'slope')
+    ref = copy.deepcopy(model).double()
+    extend.tune(model, data, 7, args, ENV)
+    x, y = io.get_batch(data, 7, 8, 40, 3, 0)
+    slopes = [b.attn.slope.requires_grad_() for b in ref.blocks]
+    g = torch.stack(torch.autograd.grad(F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten()), slopes))
+    torch.testing.assert_close(extend.heads(model, 'slope').double(), 0.3 - 0.03 * g.sign(), atol=1e-5, rtol=0)      # AdamW's first step
+    extend.tune(model, data, 7, knobs(method='head-log', steps=3, lr=5), ENV)
+    assert (extend.heads(model, 'slope') >= 0).all() and (extend.heads(model) == 1).all()
+
+
+def test_stretched_frequencies():
+    c, s = GPTConfig(block_size=512, n_embd=128, n_head=2, n_kv_head=2, pe='rope', rope_theta=10000.0), 4
+    plain = np.array([10000 ** (-2 * i / 64) for i in range(32)])
+    freq, lam = extend.pi(c, 2048)
+    np.testing.assert_allclose(freq, plain / s)
+    assert lam == 1
+    freq, lam = extend.ntk(c, 2048)                  # the factors of DroPE's eq. 10: s^(-2m / (d - 2)), so that the lowest is PI's
+    np.testing.assert_allclose(freq, plain * s ** (-2 * np.arange(32) / 62))
+    assert lam == 1 and freq[0] == 1 and freq[-1] == pytest.approx(plain[-1] / s)
+    for method in extend.ROPE.values():
+        np.testing.assert_allclose(method(c, 512)[0], plain)
+
+
+def test_stretched_frequencies_equal_transformers():
+    hf = pytest.importorskip('transformers')
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    c = GPTConfig(block_size=512, n_embd=128, n_head=2, n_kv_head=2, pe='rope')
+    for name, theirs in ('pi', 'linear'), ('ntk', 'dynamic'), ('yarn', 'yarn'):
+        rope = dict(rope_type=theirs, factor=4.0, rope_theta=10000.0, **(dict(original_max_position_embeddings=512) if theirs == 'yarn' else {}))
+        config = hf.LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=512, rope_parameters=rope)
+        config.standardize_rope_params()
+        if theirs == 'dynamic':                      # at length l it is the static one for s = f l / L - (f - 1)
+            freq, factor = ROPE_INIT_FUNCTIONS[theirs](config, 'cpu', seq_len=896)
+        else:
+            freq, factor = ROPE_INIT_FUNCTIONS[theirs](config, 'cpu')
+        ours, lam = extend.ROPE[name](c, 2048)
+        np.testing.assert_allclose(ours, freq, rtol=1e-5)
+        assert lam == pytest.approx(factor ** 2)
+
+
+def test_longrope(corpus, tmp_path, capsys):
+    assert run(train.main, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}') == 0
+    flags = f'{HEAD} --method longrope --population 8 --iterations 3 --ckpt {tmp_path} --data {corpus} --eval_tokens 0'
+    assert run(extend.main, flags) == run(extend.main, flags, f'--out {tmp_path}/again') == 0
+    old, new, again = (io.load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
+    assert new['config'] == again['config'] and bits(new['model']) == bits(old['model'])
+    c, tried = GPTConfig(**new['config']), new['extended']['curve']
+    divisors = np.array(extend.trained_frequencies(c)) / c.rope_inv_freq
+    assert (divisors > 1 - 1e-5).all() and (np.diff(divisors) > -1e-5).all() and divisors.max() <= 1.25 * 128 / 64 + 1e-5 and c.rope_start in extend.N_HAT
+    assert [n for n, _ in tried] == sorted(n for n, _ in tried) and len(tried) == 4 and [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
+    # the loss that it reports is that of the checkpoint, and no worse than the methods that it began with
+    args = knobs(length=128, batch=4, micro_batch=4, seed=314, grid_batches=1)
+    data, meta = io.open_data(corpus, 'train')
+    assert tried[-1][1] == pytest.approx(extend.loss_of(io.load_model(new), data, meta['bos'], args, ENV), abs=1e-6)
+    for name, method in extend.ROPE.items():
+        seed = io.load_model({**old, 'config': {**old['config'], 'rope_inv_freq': method(GPTConfig(**old['config']), 128)[0]}})
+        assert tried[-1][1] <= extend.loss_of(seed, data, meta['bos'], args, ENV) + 1e-6
+    assert run(eval_passkey.main, f'--ckpt {tmp_path}/longrope-128.pt --lengths 96 --depths 1 --trials 1 --decode {CPU}') == 0
+    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : unextended')
+
+
 def test_yarn(corpus, tmp_path, capsys):
     c = GPTConfig(block_size=1024, n_embd=128, n_head=2, n_kv_head=2, pe='rope')
     freq, lam = extend.yarn(c, 4096)
@@ -240,6 +323,20 @@ def test_entropies_are_those_of_the_model():
         b.attn.q_proj.weight.zero_()
     torch.testing.assert_close(extend.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0)
     assert not any(b.attn._forward_pre_hooks for b in model.blocks)
+
+
+@pytest.mark.parametrize('pe', ['alibi', 't5'])
+def test_entropies_see_the_bias(pe):
+    model, n = build(pe=pe), torch.arange(50)[:, None] - torch.arange(50)
+    for b in model.blocks:
+        b.attn.q_proj.weight.zero_()                 # nothing but the bias is left of the scores
+    a = -torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])[:, None, None] * n
+    if pe == 't5':
+        a = model.pos_bias.weight.mul_(10)[t5_bucket(n.clamp(min=0))].permute(2, 0, 1)
+    a = a.masked_fill(n < 0, -math.inf).double().softmax(-1)
+    want = -torch.xlogy(a, a).sum(-1)
+    torch.testing.assert_close(extend.entropies(model, [some(60)], 50, ENV).double(), want.expand(2, 4, 50), atol=1e-5, rtol=0)
+    assert (want[:, -1] < 0.98 * math.log(50)).any()
 
 
 def test_entropy_of_short_lengths(trained, corpus, tmp_path):
@@ -377,7 +474,7 @@ def test_heat_map_marks_the_training_length(block_size, marked):
     '--stride 0', '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
     '--length 0', '--length -1', '--length 70000 : --length 70,000 train.bin', '--init 0.9 : --init 0.9 focus', '--init nan', '--grid nan,1',
     '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1',
-    '--eval_tokens -1', '--method yarn : yarn rope nope'])
+    '--eval_tokens -1', '--population 3', '--iterations 0', *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope'))])
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     lfs = tmp_path / 'lfs.pt'

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import ENCODINGS, GPT, GPTConfig, KVCache, PRESETS
+from model import ENCODINGS, GPT, GPTConfig, KVCache, PRESETS, alibi_slopes, t5_bucket
 
 L = 16                                               # the block_size of build(); most sequences here are longer
 every_pe = pytest.mark.parametrize('pe', ENCODINGS)
@@ -24,6 +24,8 @@ def build(pe='nope', **shape):
                 p.mul_(1.5)
             elif 'norm' in name:
                 p.uniform_(0.5, 1.5)
+            elif name == 'pos_bias.weight':
+                p.mul_(10)
     return model
 
 
@@ -46,6 +48,11 @@ def span(pe):
 
 def close(a, b, tol=1e-5):
     torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
+
+
+def t5_table(n):
+    """Raffel et al. 2020, 32 buckets to 128, one direction: the first distance of each bucket, from its code's formula by hand."""
+    return sum(n >= first for first in (*range(1, 17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113))
 
 
 def reference(model, idx):
@@ -81,7 +88,14 @@ def reference(model, idx):
                 q, k = (torch.view_as_real(torch.complex(z[:, :hs // 2], z[:, hs // 2:]) * turn).mT.flatten(1) for z in (q, k))
             # Wang et al. 2024, eq. 4: the temperature on the scores
             lam = part['attn.scale'][a] + part['attn.slope'][a] * torch.log(torch.maximum(i / c.block_size, i / i))
-            e = torch.exp(lam[:, None] * (q @ k.T) / hs ** 0.5).tril()
+            s = lam[:, None] * (q @ k.T) / hs ** 0.5
+            for t in range(T):                       # a bias by distance, on the scores
+                for j in range(t + 1):
+                    if c.pe == 'alibi':              # Press et al. 2022, sec. 3: n a power of two
+                        s[t, j] -= 2 ** (-8 * (a + 1) / c.n_head) * (t - j)
+                    elif c.pe == 't5':
+                        s[t, j] += w['pos_bias.weight'][t5_table(t - j), a]
+            e = torch.exp(s).tril()
             heads.append(e / e.sum(1, keepdim=True) @ v)
         x = x + torch.cat(heads, 1) @ part['attn.o_proj'].T
         h = norm(x, part['mlp_norm'])
@@ -257,6 +271,34 @@ def test_rope_frequencies():
     assert torch.equal(still(idx)[0], build('nope')(idx)[0])
 
 
+def test_rope_keeps_the_first_positions():
+    """LongRoPE's n-hat (Ding et al. 2024, eq. 3): positions below it turn as in training, the others by the frequencies given."""
+    kept, plain, given = (build('rope', **kw) for kw in (dict(rope_inv_freq=[0.7, 0.05, 0.01, 0.0], rope_start=9), {}, dict(rope_inv_freq=[0.7, 0.05, 0.01, 0.0])))
+    idx = tokens(2, 40)
+    assert torch.equal(kept(idx)[0][:, :9], plain(idx)[0][:, :9]) and (kept(idx)[0][:, 9:] != given(idx)[0][:, 9:]).any(-1).all()
+    angle = torch.arange(40)[:, None] * torch.tensor([0.7, 0.05, 0.01, 0.0])
+    angle[:9] = torch.arange(9)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
+    x = torch.randn(2, 40, 32)
+    seen = []
+    kept.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x[1]))
+    kept(idx)
+    close(torch.stack(seen[0]), torch.stack((angle.cos(), angle.sin())))
+
+
+def test_alibi_slopes():
+    # Press et al. 2022: a geometric sequence; six and twelve heads by the published code's rule
+    assert alibi_slopes(8) == [2.0 ** -h for h in range(1, 9)] and alibi_slopes(1) == [2 ** -8] and alibi_slopes(2) == [2 ** -4, 2 ** -8]
+    assert alibi_slopes(6) == [2 ** -2, 2 ** -4, 2 ** -6, 2 ** -8, 2 ** -1, 2 ** -3]
+    assert alibi_slopes(12) == [2.0 ** -h for h in range(1, 9)] + [2 ** -0.5, 2 ** -1.5, 2 ** -2.5, 2 ** -3.5]
+
+
+def test_t5_buckets():
+    n = torch.arange(400)
+    assert t5_bucket(n).tolist() == [t5_table(int(x)) for x in n]
+    hf = pytest.importorskip('transformers')
+    assert torch.equal(t5_bucket(n), hf.models.t5.modeling_t5.T5Attention._relative_position_bucket(-n, bidirectional=False))
+
+
 def test_rope_depends_on_differences_only():
     model = build('rope')
     x = torch.randn(2, 40, 32)
@@ -317,11 +359,15 @@ def test_tinyllama_has_its_published_size(pe):
     assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + 2 * 22 * 32     # and one scale, one slope a head
 
 
-@pytest.mark.parametrize('pe', ['nope', 'learned', 'sinusoidal', 'rope'])
+@every_pe
 def test_attention_runs_on_a_fused_kernel(pe):
     model, cache = heat(build(pe)), KVCache()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.profiler.profile() as profile:     # any other kernel raises
-        model(tokens(2, L), tokens(2, L))[1].backward()
+        model.requires_grad_(pe != 't5')             # a bias that is learned trains on the math kernel
+        with torch.set_grad_enabled(pe != 't5'):
+            loss = model(tokens(2, L), tokens(2, L))[1]
+            if pe != 't5':
+                loss.backward()
         with torch.no_grad():
             for T in (5, 1, 6):                      # prompt, one token, a chunk after cached keys
                 model(tokens(2, T), cache=cache)
