@@ -17,6 +17,7 @@ import train
 from data import io
 from data.passkey import prepare as passkey
 from model import GPT, GPTConfig, t5_bucket
+from results import fit
 from test_train import BATCH, CPU, TINY, bits, close, corpus, other, refused, run, start, trained, wait      # noqa: F401 (some are fixtures)
 
 ENV = io.setup(SimpleNamespace(device='cpu', dtype='fp32', seed=0))
@@ -150,6 +151,25 @@ def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
     want = 1.3 if init == '1.3' else min(how['curve'], key=lambda c: c[1])[0]
     np.testing.assert_allclose(how['heads'], want, atol=1e-6)
     assert os.listdir(tmp_path) == ['head-128.pt']   # --eval_tokens 0 measures nothing
+
+
+def test_fit_of_the_best_temperature(trained, extended, corpus, tmp_path, capsys):
+    s = np.array([1.5, 2, 4, 8])
+    assert fit.fit(s, 1 + 0.3 * np.log(s)) == (pytest.approx(0.3), pytest.approx(1))
+    lam = np.array([1.2, 1.2, 1.5, 1.6])             # by a general solver, and R2 by its definition
+    a, r2 = fit.fit(s, lam)
+    assert a == pytest.approx(np.linalg.lstsq(np.log(s)[:, None], lam - 1, rcond=None)[0][0])
+    assert r2 == pytest.approx(1 - ((lam - 1 - a * np.log(s)) ** 2).mean() / lam.var())
+    assert fit.lowest([(x, 2 + (x - 1.23) ** 2) for x in (1.6, 1.0, 1.2, 1.4)]) == pytest.approx(1.23)
+    assert fit.lowest([(1.0, 2.0), (1.1, 2.1), (1.2, 2.3)]) == 1                                    # the edge of the grid
+    for n in 96, 128:
+        assert run(extend.main, HEAD, f'--method uniform --length {n} --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}') == 0
+    capsys.readouterr()
+    assert run(fit.main, f'{tmp_path}/uniform-128.pt {tmp_path}/uniform-96.pt') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [['96', '1.5x'], ['128', '2x']] and re.fullmatch(r'lambda = 1 \+ -?\d\.\d{4} ln s, R2 -?\d+\.\d{4}', lines[3])
+    refused(capsys, fit.main, f'{tmp_path}/uniform-128.pt', ' : two lengths')
+    refused(capsys, fit.main, f'{tmp_path}/uniform-128.pt {extended}/head-128.pt', ' : not made by uniform')
 
 
 @pytest.mark.parametrize('method', ['uniform-log', 'head-log'])
