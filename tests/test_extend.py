@@ -16,7 +16,7 @@ import extend
 import train
 from data import io
 from data.passkey import prepare as passkey
-from model import GPT, GPTConfig, t5_bucket
+from model import ENCODINGS, GPT, GPTConfig, t5_bucket
 from results import fit
 from test_train import BATCH, CPU, TINY, bits, close, corpus, other, refused, run, start, trained, wait      # noqa: F401 (some are fixtures)
 
@@ -253,6 +253,43 @@ def test_longrope(corpus, tmp_path, capsys):
         assert tried[-1][1] <= extend.loss_of(seed, data, meta['bos'], args, ENV) + 1e-6
     assert run(eval_passkey.main, f'--ckpt {tmp_path}/longrope-128.pt --lengths 96 --depths 1 --trials 1 --decode {CPU}') == 0
     refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : unextended')
+
+
+@pytest.mark.parametrize('pe', ENCODINGS)
+def test_the_whole_way(pe, corpus, tmp_path):
+    """Every encoding trains, is extended by temperatures, measured, decoded, and trained on at another length."""
+    n = 64 if pe == 'learned' else 128               # a table ends
+    assert run(train.main, TINY, f'--pe {pe} --steps 2 --data {corpus} --out {tmp_path}') == 0
+    assert run(extend.main, HEAD, f'--ckpt {tmp_path} --data {corpus} --length {n} --lengths 48,{n} --steps 2 --grid 1,1.2') == 0
+    ppl, entropy = (table(tmp_path / f'head-{n}.{what}.csv')[1] for what in ('ppl', 'entropy'))
+    assert len(ppl) == 2 and all(math.isfinite(x) for r in ppl + entropy for x in r)
+    if pe != 'learned':                              # 64 tokens hold no prompt
+        assert run(eval_passkey.main, f'--ckpt {tmp_path}/head-{n}.pt --lengths {n} --depths 2 --trials 1 --decode {CPU}') == 0
+    assert run(train.main, BATCH, f'--init_from {tmp_path}/head-{n}.pt --length {n} --steps 1 --data {corpus} --out {tmp_path}/on') == 0
+
+
+@pytest.mark.parametrize('method', ['pi', 'ntk', 'yarn', 'longrope'])
+def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
+    assert run(train.main, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}') == 0
+    assert run(extend.main, HEAD, f'--method {method} --population 4 --iterations 1 --ckpt {tmp_path} --data {corpus} --eval_tokens 0') == 0
+    stretched = f'{tmp_path}/{method}-128.pt'
+    assert run(train.main, BATCH, f'--init_from {stretched} --length 128 --steps 2 --data {corpus} --out {tmp_path}/on') == 0
+    old, new = io.load_checkpoint(stretched), io.load_checkpoint(f'{tmp_path}/on')
+    assert new['config'] == old['config'] and new['args']['length'] == 128
+    moved = {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])}
+    assert moved and not any(k.endswith(('scale', 'slope')) for k in moved)      # YaRN's temperature stays
+
+
+def test_drope(corpus, tmp_path):
+    """Gelberg et al. 2025: train with RoPE, drop it for the last eighth at the same length, then one temperature at the longer one."""
+    assert run(train.main, TINY, f'--pe rope --steps 7 --data {corpus} --out {tmp_path}/rope') == 0
+    for flag in '--qk_norm', '--no-qk_norm':
+        out = f'{tmp_path}/{flag}'
+        assert run(train.main, BATCH, f'--init_from {tmp_path}/rope --pe nope {flag} --steps 1 --data {corpus} --out {out}') == 0
+        c = io.load_checkpoint(out)['config']
+        assert c['pe'] == 'nope' and c['block_size'] == 64 and c['qk_norm'] == (flag == '--qk_norm')
+        assert run(extend.main, HEAD, f'--method uniform --ckpt {out} --data {corpus}') == 0
+        assert run(eval_passkey.main, f'--ckpt {out}/uniform-128.pt --lengths 96 --depths 1 --trials 1 {CPU}') == 0
 
 
 def test_yarn(corpus, tmp_path, capsys):

@@ -374,6 +374,20 @@ def test_attention_runs_on_a_fused_kernel(pe):
     assert [e.count for e in profile.key_averages() if e.key == 'aten::scaled_dot_product_attention'] == [2 * 4]
 
 
+@every_pe
+def test_compiles_in_one_graph(pe):
+    model, idx = heat(build(pe)), tokens(2, L + 1)
+    net = torch.compile(model, backend='aot_eager', fullgraph=True)      # traced forward and backward; no C++ compiler needed
+    for f in net, model:
+        f(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+        first = grads if f is net else first
+    assert all(g is not None for g in grads.values())
+    for n in grads:
+        close(first[n], grads[n])
+
+
 @pytest.mark.parametrize('wrong', [
     dict(n_embd=30), dict(n_kv_head=3), dict(n_kv_head=8), dict(pe='rope', n_embd=20), dict(pe='ropes'), dict(pe=''),
     *({name: 0} for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')), dict(n_layer=-1)])

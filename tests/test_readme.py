@@ -5,8 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 from data import io
 
@@ -48,6 +50,29 @@ def test_documented_command_is_accepted(file, script, flags, monkeypatch, tmp_pa
 
 def test_there_are_commands():
     assert len(list(commands())) > 20
+
+
+def test_a_seventh_encoding(tmp_path, capsys):
+    """README's diff, applied to model.py: the new encoding trains."""
+    code = open(os.path.join(ROOT, 'model.py')).read()
+    diff = re.search(r'```diff\n(.*?)```', open(os.path.join(ROOT, 'README.md')).read(), re.S)[1]
+    for hunk in re.split(r'^@@.*\n', diff, flags=re.M)[1:]:
+        lines = hunk.splitlines(True)
+        old, new = (''.join(line[1:] for line in lines if line[0] in ' ' + sign) for sign in '-+')
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    module = types.ModuleType('seventh')
+    sys.modules['seventh'] = module                  # dataclass looks itself up
+    exec(compile(code, 'seventh', 'exec'), module.__dict__)
+    c = dict(vocab_size=50, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48)
+    torch.manual_seed(0)
+    model = module.GPT(module.GPTConfig(pe='rope-learned', **c))
+    before, idx = model.inv_freq.detach().clone(), torch.randint(50, (2, 17))
+    opt = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    opt.step()
+    assert (model.inv_freq != before).any() and 'inv_freq' in model.state_dict()
+    assert not any(k == 'inv_freq' for k in module.GPT(module.GPTConfig(pe='rope', **c)).state_dict())
 
 
 def test_reproduce_toy(tmp_path):

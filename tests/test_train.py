@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import train
 from data import io
 from data.passkey import prepare as passkey
-from model import GPT, GPTConfig
+from model import ENCODINGS, GPT, GPTConfig
 
 torch.set_num_threads(1)                             # bit for bit needs one number of threads in every process
 CPU = '--device cpu --dtype fp32'
@@ -280,6 +280,14 @@ def test_two_processes_are_one(corpus, tmp_path):
             assert a == pytest.approx(b, abs=1e-5)   # a sum in place of a mean would change loss and grad_norm
 
 
+@pytest.mark.parametrize('pe', ENCODINGS[1:])
+def test_two_processes_are_one_for_every_encoding(pe, corpus, tmp_path):
+    flags = f'{TINY} --pe {pe} --steps 3 --warmup 1 --eval_every 3 --optimizer adamw --lr 1e-4 --data {corpus}'
+    assert run(train.main, flags, f'--out {tmp_path}/one') == 0
+    assert wait(start(train.main, flags, f'--out {tmp_path}/two', log=tmp_path / 'log', world=2)) == [0, 0]
+    close(tmp_path / 'one', tmp_path / 'two')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is trained, and how
 
@@ -311,7 +319,7 @@ def test_learning_rate(corpus, tmp_path):
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-@pytest.mark.parametrize('pe', ['nope', 'learned'])
+@pytest.mark.parametrize('pe', ['nope', 'learned', 't5', 'alibi'])
 def test_parameter_groups(optimizer, pe):
     model = GPT(GPTConfig(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_inner=12, pe=pe))
     name = {id(p): n for n, p in model.named_parameters()}
