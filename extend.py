@@ -403,19 +403,15 @@ def main():
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
     p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
     args = p.parse_args()
-    for name in ('grid_batches', 'steps', 'batch', 'iterations', 'batch_tokens', 'length', 'stride', 'micro_batch'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
+    for name, least in dict(grid_batches=1, steps=1, batch=1, batch_tokens=1, length=1, stride=1, micro_batch=1, iterations=1, population=4, eval_tokens=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            io.fail(f'--{name} {getattr(args, name)} must be at least {least}')
     if args.lengths and min(args.lengths) < 2:
         io.fail(f'--lengths {min(args.lengths)} must be at least 2')
     if not all(0 < lam < math.inf for lam in args.grid):
         io.fail(f'--grid {args.grid} must be positive numbers')
     if not 0 < args.lr < math.inf:
         io.fail(f'--lr {args.lr} must be a positive number')
-    if args.eval_tokens < 0:
-        io.fail(f'--eval_tokens {args.eval_tokens} must not be negative')
-    if args.population < 4:
-        io.fail(f'--population {args.population} must be at least 4')
     tuned, log = args.method in ('head', 'head-log'), args.method.endswith('-log')
     if tuned and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
         io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
@@ -454,12 +450,16 @@ def main():
         io.fail(f'--method {args.method} changes what lies past the training length {L}: --length {args.length} must be longer')
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
 
-    results, name = {}, io.stem(args.ckpt)
-    if args.eval_tokens:
-        results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
-        if env.master:
-            write_csv(f'{out}/{name}.ppl.csv', results[name][0])
-            write_csv(f'{out}/{name}.entropy.csv', results[name][1])
+    results = {}
+
+    def measure(name):
+        if args.eval_tokens:
+            results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
+            for what, rows in zip(('ppl', 'entropy'), results[name]):
+                if env.master:
+                    write_csv(f'{out}/{name}.{what}.csv', rows)
+
+    measure(io.stem(args.ckpt))
     if args.method != 'none':
         start, curve, losses = time.time(), [], []
         if args.method in ROPE:
@@ -486,11 +486,7 @@ def main():
                 extended=dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'], heads=heads(model).tolist(), slopes=heads(model, 'slope').tolist(),
                               curve=curve, losses=losses, tokens=tokens, seconds=time.time() - start)))
         env.print(f'{out}/{name}.pt: {tokens:,} tokens, {time.time() - start:.0f} s')
-        if args.eval_tokens:
-            results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
-            if env.master:
-                write_csv(f'{out}/{name}.ppl.csv', results[name][0])
-                write_csv(f'{out}/{name}.entropy.csv', results[name][1])
+        measure(name)
     if results:
         show(results, lengths, L, env)
         if args.plot and env.master:

@@ -293,6 +293,18 @@ def main():
             x, y = (t.contiguous().pin_memory().to(env.device, non_blocking=True) for t in (x, y))
         return x.split(args.micro_batch * args.length // T), y.split(args.micro_batch * args.length // T)
 
+    def stopping():
+        """The signal that any rank has heard, the same answer on every rank."""
+        heard = torch.tensor(stop, device=env.device)
+        if env.world > 1:
+            dist.all_reduce(heard, dist.ReduceOp.MAX)
+        return heard.item()
+
+    def save_and_leave(number):
+        save()
+        print0(f'{signal.Signals(number).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
+        leave(128 + number)
+
     def leave(code=0):
         # DDP goes first: were it the last to hold the process group, it would wait for gloo's thread, which may be waiting for the GIL
         nonlocal model
@@ -321,6 +333,9 @@ def main():
                 group['lr'] = base * factor
         loss_sum = torch.zeros((), device=env.device)
         for micro in range(accum):
+            # a long step must not outlive the launcher's patience: asked eight times a step; what was accumulated is made again
+            if micro and micro % max(1, accum // 8) == 0 and (number := stopping()):
+                save_and_leave(number)
             if env.world > 1:                        # gradients meet once a step
                 model.require_backward_grad_sync = micro == accum - 1
             with env.autocast():
@@ -357,10 +372,7 @@ def main():
                 + (f' | mfu {mfu:.1%}' if mfu else '') + f' | {mem:.2f} GB | {left / 60:.1f} min left')
             clock, clock_step = now, step
         if ranks[:, 2].any():
-            stop = int(ranks[:, 2].max())
-            save()
-            print0(f'{signal.Signals(stop).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
-            leave(128 + stop)
+            save_and_leave(int(ranks[:, 2].max()))
     print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/ckpt.pt')
     leave()
 

@@ -38,6 +38,14 @@ def parser(doc):
 # ---------------------------------------------------------------------------------------------------------------------
 # ranks, device, precision
 
+def out_of_memory(kind, e, trace):
+    """sys.excepthook: what does not fit costs one line as well."""
+    if issubclass(kind, torch.OutOfMemoryError) or 'not enough memory' in str(e):
+        return print(f'error: out of memory: lower --micro_batch (extend.py --batch, eval_passkey.py --batch_tokens) or --length. {str(e).splitlines()[0]}',
+                     file=sys.stderr, flush=True)
+    sys.__excepthook__(kind, e, trace)
+
+
 def setup(args):
     """
     Reads torchrun's environment and args.device, args.dtype, args.seed. Returns a namespace: rank, world, master,
@@ -64,6 +72,7 @@ def setup(args):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
+    sys.excepthook = out_of_memory
     torch.manual_seed(args.seed)
     dtype, reason = pick_dtype(args.dtype, kind)
     amp = (lambda: torch.autocast(kind, torch.bfloat16)) if dtype == 'bf16' else nullcontext

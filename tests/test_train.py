@@ -184,6 +184,31 @@ def test_signal_saves_and_resumes(number, world, straight, tmp_path):
         assert a == pytest.approx(b, rel=1e-2)       # begun by two processes, ended by one
 
 
+def hear_inside(number):
+    """From now on: the signal comes with the third loss, which is inside a step of eight micro-batches."""
+    real, calls = F.cross_entropy, []
+
+    def cross_entropy(*args, **kw):
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        assert len(calls) < 8, 'the step went on'
+        return real(*args, **kw)
+    F.cross_entropy = cross_entropy
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_signal_inside_a_long_step(world, corpus, tmp_path):
+    flags = f'{TINY} --steps 6 --warmup 2 --eval_every 6 --min_length 64 --micro_batch 1 --batch_tokens {512 * world} --data {corpus}'
+    assert run(train.main, flags, f'--out {tmp_path}/straight') == 0
+    act = partial(hear_inside, signal.SIGTERM)       # drawn one step ahead: the losses of step 4 come next
+    assert wait(start(train.main, flags, f'--out {tmp_path}/run', log=tmp_path / 'log', world=world, step=4, act=act)) == [143] * world
+    assert io.load_checkpoint(f'{tmp_path}/run')['step'] == 4 and 'saved at step 4' in (tmp_path / 'log.0').read_text()
+    assert run(train.main, flags, f'--resume --out {tmp_path}/run') == 0
+    if world == 1:
+        assert state(tmp_path / 'run') == state(tmp_path / 'straight') and rows(tmp_path / 'run') == rows(tmp_path / 'straight')
+
+
 def test_kill_9_costs_nothing_that_was_saved(corpus, tmp_path):
     flags, out, step = f'{TINY} --steps 200 --warmup 5 --optimizer adamw --data {corpus}', tmp_path / 'killed', -1
     assert run(train.main, flags, '--eval_every 1000 --out', tmp_path / 'straight') == 0
