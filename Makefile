@@ -1,5 +1,6 @@
 # make reproduce [SCALE=toy|tiny]   the headline, from nothing: data, training, extension, evaluation, one table
 # make table                        three seeds with the ablations; skips what results/tiny.csv already has
+# make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (hours)
 # make test                         the test suite
 # make figure                       results/tiny.png from results/tiny.csv (installs matplotlib)
 #
@@ -9,7 +10,7 @@
 SCALE ?= tiny
 TORCH ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
-.PHONY: reproduce table test figure
+.PHONY: reproduce table encodings test figure
 
 ifeq ($(PYTHON),.venv/bin/python)
 VENV = .venv/installed
@@ -24,7 +25,10 @@ reproduce: $(VENV)
 	$(PYTHON) -m results.reproduce --scale $(SCALE)
 
 table: $(VENV)
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --ablations
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations
+
+encodings: $(VENV)
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings
 
 figure: $(VENV)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib

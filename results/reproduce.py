@@ -2,8 +2,9 @@
 The sweep behind make reproduce, make table and make figure: runs the scripts as a user would, collects their csv files
 in one, prints one table and the heat maps. What is there already is not run again.
 
-    python -m results.reproduce --scale tiny                              # the headline, one seed
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --ablations    # results/tiny.csv, and the figure with --plot
+    python -m results.reproduce --scale tiny                                        # the headline, one seed
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations        # results/tiny.csv, and the figure with --plot
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings        # results/tiny-encodings.csv: every encoding, every extension
 """
 import csv
 import os
@@ -12,61 +13,101 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 from data import io
 from eval_passkey import heat_map
 
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
-    toy=dict(block_size=128, tokens=(60_000, 60_000), train='--steps 6 --batch_tokens 512 --block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 --eval_tokens 512 --log_every 3',
+    toy=dict(L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=dict(block_size=256, tokens=(12_000_000, 4_000_000), train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
+    tiny=dict(L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
               measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
 )
-# the runs that rows start from
-BASES = {'nope': '--pe nope', 'rope': '--pe rope', 'rope-2x': '--pe rope --steps 4800'}
-# row, the run it starts from, extend.py's method (None: the trained model itself) and flags, the corpus it is tuned on
-ROWS = [
-    ('NoPE', 'nope', None, '', None),
-    ('NoPE uniform', 'nope', 'uniform', '', 'passkey_tune'),
-    ('NoPE head', 'nope', 'head', '', 'passkey_tune'),
-    ('RoPE', 'rope', None, '', None),
-    ('RoPE YaRN', 'rope', 'yarn', '', 'passkey_tune'),
+# for training, for extension, and for measuring past what that holds
+CORPORA = dict(passkey='--retrieval 0.5', passkey_tune='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
+# what rows start from: flags of train.py, and the run that it goes on from, if any
+RUNS = {
+    'nope': ('--pe nope', None),
+    'rope': ('--pe rope', None),
+    'rope-2x': ('--pe rope --steps 4800', None),     # the twin has not learned the passkey in its window after 2,400
+    'learned': ('--pe learned', None),
+    'sinusoidal': ('--pe sinusoidal', None),
+    't5': ('--pe t5', None),
+    'alibi': ('--pe alibi', None),
+    'rope-7-8': ('--pe rope --steps 2100', None),
+    'drope': ('--pe nope --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),     # the last eighth of the tokens without RoPE
+    'drope-no-qk-norm': ('--pe nope --no-qk_norm --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),
+}
+# extend.py's method (None: the run as it is) and flags, the corpus it is extended on; then train.py's flags, where it is trained on
+Row = namedtuple('Row', 'name run method extra corpus then', defaults=(None, '', 'passkey_tune', None))
+HEADLINE = [
+    Row('NoPE', 'nope'),
+    Row('NoPE uniform', 'nope', 'uniform'),
+    Row('NoPE head', 'nope', 'head'),
+    Row('RoPE', 'rope'),
+    Row('RoPE YaRN', 'rope', 'yarn'),
 ]
-ABLATIONS = [
-    ('RoPE head', 'rope', 'head', '', 'passkey_tune'),
-    ('RoPE, twice the steps', 'rope-2x', None, '', None),        # the twin has not learned the passkey in its window by then
-    ('RoPE YaRN, twice the steps', 'rope-2x', 'yarn', '', 'passkey_tune'),
-    ('RoPE head, twice the steps', 'rope-2x', 'head', '', 'passkey_tune'),
-    ('NoPE head, training mix', 'nope', 'head', '', 'passkey'),
-    ('NoPE head, from 1.0', 'nope', 'head', '--init 1.0', 'passkey_tune'),
-    ('NoPE head, no focus', 'nope', 'head', '--no-focus', 'passkey_tune'),
+ABLATIONS = HEADLINE + [
+    Row('RoPE head', 'rope', 'head'),
+    Row('RoPE, twice the steps', 'rope-2x'),
+    Row('RoPE YaRN, twice the steps', 'rope-2x', 'yarn'),
+    Row('RoPE head, twice the steps', 'rope-2x', 'head'),
+    Row('NoPE head, training mix', 'nope', 'head', corpus='passkey'),
+    Row('NoPE head, from 1.0', 'nope', 'head', '--init 1.0'),
+    Row('NoPE head, no focus', 'nope', 'head', '--no-focus'),
 ]
+ON = '--length {target} --batch_tokens 8192 --micro_batch 8 --optimizer adamw --lr 3e-4 --warmup 20'       # the tokens of head tuning
+ENCODINGS = HEADLINE[:3] + [
+    Row('NoPE uniform-log', 'nope', 'uniform-log'),
+    Row('NoPE head-log', 'nope', 'head-log'),
+    Row('learned', 'learned'),
+    Row('sinusoidal', 'sinusoidal'),
+    Row('T5', 't5'),
+    Row('ALiBi', 'alibi'),
+    Row('RoPE', 'rope'),
+    Row('RoPE, twice the steps', 'rope-2x'),
+    Row('RoPE PI', 'rope-2x', 'pi'),
+    Row('RoPE NTK', 'rope-2x', 'ntk'),
+    Row('RoPE dynamic NTK', 'rope-2x', 'ntk-dynamic'),
+    Row('RoPE YaRN', 'rope-2x', 'yarn'),
+    Row('RoPE LongRoPE', 'rope-2x', 'longrope', '--population 16 --iterations 10'),
+    Row('RoPE PI, trained on', 'rope-2x', 'pi', then=f'{ON} --steps 200'),
+    Row('RoPE PI, trained on 5x', 'rope-2x', 'pi', then=f'{ON} --steps 1000'),
+    Row('RoPE YaRN, trained on', 'rope-2x', 'yarn', then=f'{ON} --steps 200'),
+    Row('RoPE YaRN, trained on 5x', 'rope-2x', 'yarn', then=f'{ON} --steps 1000'),
+    Row('DroPE', 'drope'),
+    Row('DroPE uniform', 'drope', 'uniform'),
+    Row('DroPE head', 'drope', 'head'),
+    Row('DroPE head-log', 'drope', 'head-log'),
+    Row('DroPE, no QK-norm', 'drope-no-qk-norm'),
+    Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
+]
+TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=ENCODINGS)
 COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds', 'flags')
 
 
-def run(script, flags):
+def run(script, flags, threads=None, log=None):
     """One command, shown as it would be typed."""
-    command = [sys.executable] + shlex.split(f'{script} {flags}')
-    print(f'\n$ python {script} {flags}', flush=True)
-    code = subprocess.call(command)
+    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {script} {flags}' + (f' > {log}' if log else ''), flush=True)
+    code = subprocess.call([sys.executable] + shlex.split(f'{script} {flags}'), stdout=open(log, 'a') if log else None,
+                           env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
     if code:
         sys.exit(code)
 
 
 def train(runs):
     """{folder: flags}: trains them side by side, each with its share of the cores; the first is seen, the others write to FOLDER.txt."""
-    share, started = str(max(1, (os.cpu_count() or 1) // max(1, len(runs)))), []
-    for i, (folder, flags) in enumerate(runs.items()):
-        command = f'train.py {flags} --out {folder}'
-        print(f'\n$ OMP_NUM_THREADS={share} python {command}' + (f' > {folder}.txt &' if i else ''), flush=True)
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        started.append(subprocess.Popen([sys.executable] + shlex.split(command), env=dict(os.environ, OMP_NUM_THREADS=share),
-                                        stdout=open(f'{folder}.txt', 'a') if i else None))
-    for code in [p.wait() for p in started]:
-        if code:
-            sys.exit(code)
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(max(1, min(len(runs), cores))) as pool:
+        for folder in runs:
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+        for done in [pool.submit(run, 'train.py', f'{flags} --out {folder}', max(1, cores // len(runs)), f'{folder}.txt' if i else None)
+                     for i, (folder, flags) in enumerate(runs.items())]:
+            done.result()
 
 
 def read_csv(file):
@@ -86,9 +127,9 @@ def table(rows, order, lengths, L):
         out += ['', f'| {what} at | ' + ' | '.join(f'{n / L:g}x' for n in lengths) + ' |', '|---|' + '---|' * len(lengths)]
         for name in order:
             cells = [[float(r[key]) * scale for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
-            if all(cells):
+            if any(cells):
                 fewer = f' ({len(cells[0])} of {len(seeds)} seeds)' if len(cells[0]) < len(seeds) else ''
-                out.append(f'| {name}{fewer} | ' + ' | '.join(mean_sd(c, digits) for c in cells) + ' |')
+                out.append(f'| {name}{fewer} | ' + ' | '.join(mean_sd(c, digits) if c else '' for c in cells) + ' |')
     return '\n'.join(out)
 
 
@@ -103,9 +144,10 @@ def plot(rows, order, lengths, L, file):
     for ax, key, label in zip(axes, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
         for name in order:
             cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
-            if all(cells):
-                line, = ax.plot(range(len(lengths)), [statistics.mean(c) for c in cells], marker='o', label=name)
-                ax.fill_between(range(len(lengths)), [min(c) for c in cells], [max(c) for c in cells], color=line.get_color(), alpha=0.15)
+            if any(cells):
+                at = [i for i, c in enumerate(cells) if c]
+                line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='o', label=name)
+                ax.fill_between(at, [min(cells[i]) for i in at], [max(cells[i]) for i in at], color=line.get_color(), alpha=0.15)
         ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
         ax.set_xticks(range(len(lengths)), [f'{n / L:g}x\n{n}' for n in lengths])
         ax.set(xlabel='length (dashed: training length)', ylabel=label)
@@ -117,65 +159,91 @@ def plot(rows, order, lengths, L, file):
 def main():
     p = io.parser(__doc__)
     p.add_argument('--scale', default='tiny')
+    p.add_argument('--table', choices=TABLES, default='headline', help='ablations: and what takes the method apart; encodings: every encoding, every extension')
     p.add_argument('--seeds', type=io.int_list, default=[1])
-    p.add_argument('--ablations', action='store_true', help='also the rows that take the method apart')
     p.add_argument('--out', default='out', help='folder for data and runs')
     p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length')
-    p.add_argument('--csv', help='where the rows go (default OUT/SCALE/table.csv; with --ablations results/SCALE.csv)')
+    p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations results/SCALE.csv, encodings results/SCALE-encodings.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
     if args.plot:
         io.pyplot(args.plot)
-    scale, out = SCALES[args.scale], f'{args.out}/{args.scale}'
-    file = args.csv or (f'results/{args.scale}.csv' if args.ablations else f'{out}/table.csv')
-    lengths, L = io.int_list(scale['lengths']), scale['block_size']
-    todo, done, start = ROWS + ABLATIONS * args.ablations, read_csv(file), time.time()
+    scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
+    file = args.csv or dict(headline=f'{out}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    L, target, names = scale['L'], scale['target'], [r.name for r in todo]
+    lengths, measured_on = io.int_list(scale['lengths']), 'passkey_tune'
+    if args.table == 'encodings':                    # up to 16 times, on documents that are as long
+        lengths, measured_on = lengths + [16 * L], 'passkey_long'
+    common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
     # what makes each row: in the csv too, so that a row which other flags made is made again
-    train_flags = {base: f'--preset tiny {pe} --dtype fp32 {scale["train"]}'.strip() for base, pe in BASES.items()}
-    tune_flags = {name: f'--method {method} --length {scale["target"]} --dtype fp32 {scale["tune"]} {extra}'.strip() for name, _, method, extra, _ in todo}
-    measure_flags = f'--lengths {scale["lengths"]} --dtype fp32'
-    flags = {name: ' | '.join([train_flags[base]] + [f'{tune_flags[name]} on {corpus}'] * bool(method)
-                              + [f'{measure_flags} {scale["measure"]} {scale["passkey"]}']) for name, base, method, _, corpus in todo}
-    done = [d for d in done if d['row'] not in flags or d.get('flags') == flags[d['row']]]
-    missing = {seed: [r for r in todo if not any(d['row'] == r[0] and int(d['seed']) == seed for d in done)] for seed in args.seeds}
-    for corpus, options, tokens in zip(('passkey', 'passkey_tune'), ('--retrieval 0.5', '--retrieval 0.7 --gap 200 --seed 1'), scale['tokens']):
-        if any(missing.values()) and not os.path.exists(f'{out}/{corpus}/meta.json'):
+    roots = {name: f'--preset tiny {pe} --dtype fp32 {scale["shape"]} {scale["train"]}'.strip() for name, (pe, parent) in RUNS.items() if not parent}
+    children = {name: f'{pe} --dtype fp32 {scale["train"]}'.strip() for name, (pe, parent) in RUNS.items() if parent}
+    extend = {r.name: f'--method {r.method} --length {target} --dtype fp32 {scale["tune"]} {r.extra}'.strip() for r in todo}
+    then = {r.name: f'{r.then.format(target=target)} --dtype fp32 {scale["train"]}'.strip() for r in todo if r.then}
+    flags = {}
+    for r in todo:
+        parts = [roots[r.run]] if r.run in roots else [roots[RUNS[r.run][1]], children[r.run]]
+        parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
+        flags[r.name] = ' | '.join(parts + [f'{common} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_tune')])
+    done = [d for d in read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
+    missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
+    for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
+        needed = corpus in {'passkey', measured_on, *(r.corpus for left in missing.values() for r in left if r.method)}
+        if any(missing.values()) and needed and not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
+
+    def measure(ckpt, folder, common):
+        """{length: (loss, [hits])} of a checkpoint."""
+        run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}')
+        run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
+        ppl, pk = (read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
+        return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
+
     for seed in args.seeds:
         left = missing[seed]
         if len(left) < len(todo):
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
-        train({f'{out}/{base}-{seed}': f'{train_flags[base]} --data {out}/passkey --seed {seed} --resume' for base in dict.fromkeys(r[1] for r in left)})
-        for name, base, method, _, corpus in left:
-            began, ckpt = time.time(), f'{out}/{base}-{seed}'
-            folder = where(out, base, seed, name)
-            if method:
-                run('extend.py', f'--ckpt {ckpt} --data {out}/{corpus} {tune_flags[name]} --out {folder} --eval_tokens 0')
-                ckpt = f'{folder}/{method}-{scale["target"]}.pt'
-            run('extend.py', f'--ckpt {ckpt} --data {out}/passkey_tune --method none {measure_flags} --out {folder} {scale["measure"]}')
-            run('eval_passkey.py', f'--ckpt {ckpt} {measure_flags} --out {folder} {scale["passkey"]}')
-            stem = io.stem(ckpt)
-            ppl, pk = read_csv(f'{folder}/{stem}.ppl.csv'), read_csv(f'{folder}/{stem}.passkey.csv')
-            for row in ppl:
-                hits = [int(r['accuracy']) for r in pk if r['length'] == row['length']]
-                done.append(dict(seed=seed, row=name, length=row['length'], loss=f'{float(row["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
-                                 prompts=len(hits), seconds=f'{time.time() - began:.0f}', flags=flags[name]))
+        needed = [RUNS[r.run][1] or r.run for r in left], [r.run for r in left if RUNS[r.run][1]]
+        common_train = f'--data {out}/passkey --seed {seed} --resume'
+        train({f'{out}/{name}-{seed}': f'{roots[name]} {common_train}' for name in needed[0]})
+        train({f'{out}/{name}-{seed}': f'--init_from {out}/{RUNS[name][1]}-{seed} {children[name]} {common_train}' for name in needed[1]})
+        for r in left:
+            began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
+            cells = {}
+            if r.method == 'ntk-dynamic':            # the static one, anew for each length; the longest stays, so that the tokens are the same
+                for n in lengths:
+                    at = ckpt
+                    if n > L:
+                        run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
+                        at = f'{folder}/ntk-{n}.pt'
+                    cells[n] = measure(at, folder, f'--lengths {",".join(map(str, sorted({n, lengths[-1]})))} --dtype fp32')[n]
+            else:
+                if r.method:
+                    run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name]} --out {folder} --eval_tokens 0')
+                    ckpt = f'{folder}/{r.method}-{target}.pt'
+                if r.then:
+                    run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{r.corpus} --seed {seed} --resume --out {folder}/on')
+                    ckpt = f'{folder}/on'
+                defined = lengths if r.run != 'learned' else [n for n in lengths if n <= L]      # its table ends
+                cells = measure(ckpt, folder, common.replace(",".join(map(str, lengths)), ",".join(map(str, defined))))
+            done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
+                          seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
             with open(f'{file}.tmp', 'w', newline='') as f:
                 w = csv.DictWriter(f, COLUMNS)
                 w.writeheader()
                 w.writerows(done)
             os.replace(f'{file}.tmp', file)
-    for name, base, *_ in ROWS:                      # the first seed's; the others are in the same folders
-        folder = where(out, base, args.seeds[0], name)
+    for r in HEADLINE:                               # the first seed's; the others are in the same folders
+        folder = where(out, r.run, args.seeds[0], r.name)
         for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if f.endswith('.passkey.csv'):
-                print(f'\n{name}, seed {args.seeds[0]}: passkey accuracy\n' + heat_map(
-                    [{k: float(v) if k != 'length' else int(v) for k, v in r.items()} for r in read_csv(f'{folder}/{f}')], L))
-    print('\n' + table([r for r in done if int(r['seed']) in args.seeds], [r[0] for r in todo], lengths, L))
+                print(f'\n{r.name}, seed {args.seeds[0]}: passkey accuracy\n' + heat_map(
+                    [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in read_csv(f'{folder}/{f}')], L))
+    print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
-        plot(done, [r[0] for r in todo], lengths, L, args.plot)
+        plot(done, names, lengths, L, args.plot)
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from data import io
+from results import reproduce
+from test_train import run as in_process
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -97,6 +99,39 @@ def test_reproduce_toy(tmp_path):
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert third.returncode == 0 and third.stdout.count('$ python extend.py') == 2 and '4 of 5 rows are in' in third.stdout
     assert {r['flags'] for r in io_rows(file)} == {r['flags'] for r in rows}
+
+
+def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
+    """One row of each kind, in this process: an encoding, a table that ends, each length its own NTK, a search, training on, DroPE."""
+    def script(name, flags, *_):
+        module = importlib.import_module(name.removeprefix('-m ').removesuffix('.py'))
+        assert in_process(module.main, flags) == 0, (name, flags)
+
+    names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE LongRoPE', 'RoPE PI, trained on', 'DroPE uniform')
+    monkeypatch.setattr(reproduce, 'run', script)
+    monkeypatch.setattr(reproduce, 'train', lambda runs: [script('train.py', f'{flags} --out {folder}') for folder, flags in runs.items()])
+    kept = [r._replace(extra='--population 4 --iterations 1') if r.method == 'longrope' else r for r in reproduce.ENCODINGS if r.name in names]
+    monkeypatch.setitem(reproduce.TABLES, 'encodings', kept)
+    flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
+    assert in_process(reproduce.main, flags) == 0
+    rows = io_rows(f'{tmp_path}/rows.csv')
+    lengths = [128, 192, 256, 2048]
+    assert [(r['row'], int(r['length'])) for r in rows] == [(r.name, n) for r in kept for n in (lengths[:1] if r.run == 'learned' else lengths)]
+    assert all(3 < float(r['loss']) < 6 and r['prompts'] == '2' for r in rows)
+    shown = last_table(capsys.readouterr().out)
+    assert '16x |' in shown and all(f'\n| {n} |' in shown for n in names)
+    dynamic = {r['length']: r['loss'] for r in rows if r['row'] == 'RoPE dynamic NTK'}
+    for n in 192, 2048:                              # the static one of that length, on the same tokens
+        assert os.path.exists(f'{tmp_path}/toy/rope-2x-1/rope-dynamic-ntk/ntk-{n}.pt')
+        ppl = io_rows(f'{tmp_path}/toy/rope-2x-1/rope-dynamic-ntk/ntk-{n}.ppl.csv')
+        assert dynamic[str(n)] == f"{float(next(r['nll'] for r in ppl if r['length'] == str(n))):.4f}" and len({r['tokens'] for r in ppl}) == 1
+    config = io.load_checkpoint(f'{tmp_path}/toy/drope-1')['config']
+    assert config['pe'] == 'nope' and io.load_checkpoint(f'{tmp_path}/toy/rope-7-8-1')['config']['pe'] == 'rope'
+    on = io.load_checkpoint(f'{tmp_path}/toy/rope-2x-1/rope-pi-trained-on/on')
+    assert on['config']['rope_inv_freq'] and on['args']['length'] == 256
+    monkeypatch.setattr(reproduce, 'run', lambda *_: pytest.fail('nothing is left to do'))
+    monkeypatch.setattr(reproduce, 'train', lambda runs: runs and pytest.fail('nothing is left to train'))
+    assert in_process(reproduce.main, flags) == 0
 
 
 def last_table(out):

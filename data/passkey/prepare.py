@@ -4,7 +4,7 @@ The synthetic corpus of the tiny reproduction: generated, no download, a vocabul
     python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey
     python -m data.passkey.prepare --out data/passkey_tune --retrieval 0.7 --gap 200 --seed 1 --tokens 4000000     # the extension corpus
 
-Documents of random length (log-uniform, 64 to 4096 tokens), of two kinds in random order:
+Documents of random length (log-uniform, 64 to --longest tokens), of two kinds in random order:
   passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once, and
            the question with its answer again and again between runs of garbage sentences in random order
   story    who lives where, who has what, what colour it is: facts drawn anew for each document and told over and over
@@ -71,11 +71,11 @@ def story_document(rng, n, encode, gap):
     return [i for f in rng.integers(0, len(facts), size=n // 5 + 1) for i in facts[f]]      # five to six ids a fact
 
 
-def generate(tokens, retrieval, gap, seed):
+def generate(tokens, retrieval, gap, seed, longest=4096):
     """Yields documents until there are `tokens` ids; a share `retrieval` of them are passkey documents."""
     rng, encode = np.random.default_rng(seed), functools.cache(get_encoding().encode_ordinary)
     while tokens > 0:
-        n = int(np.exp(rng.uniform(np.log(64), np.log(4096))))
+        n = int(np.exp(rng.uniform(np.log(64), np.log(longest))))
         make = passkey_document if rng.random() < retrieval else story_document
         ids = make(rng, n, encode, gap)[:n]
         tokens -= len(ids) + 1
@@ -89,17 +89,20 @@ def main():
     p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
     p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')
     p.add_argument('--gap', type=float, default=6, help='most sentences between two questions of a passkey document, on average')
+    p.add_argument('--longest', type=int, default=4096, help='tokens of the longest document')
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     if not 0 <= args.retrieval <= 1:
         fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
     if args.tokens < 1:
         fail(f'--tokens {args.tokens} must be at least 1')
+    if args.longest < 64:
+        fail(f'--longest {args.longest} must be at least 64')
     if args.seed < 0:
         fail(f'--seed {args.seed} must not be negative')
     if not 2 <= args.gap <= 1000:
         fail(f'--gap {args.gap} must lie between 2 and 1000')
-    splits = {'train': generate(args.tokens, args.retrieval, args.gap, (args.seed, 0)), 'val': generate(min(args.tokens, 1_000_000), args.retrieval, args.gap, (args.seed, 1))}
+    splits = {split: generate(n, args.retrieval, args.gap, (args.seed, i), args.longest) for i, (split, n) in enumerate((('train', args.tokens), ('val', min(args.tokens, 1_000_000))))}
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
         print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {len(meta[split]["docs"]):,} documents, vocabulary {meta["vocab_size"]}')
