@@ -351,14 +351,14 @@ def plot(results, model, block_size, file):
         by_pos = {}
         for e in ent:
             by_pos.setdefault(e['position'], []).append(e['entropy'])
-        b.plot(by_pos, [sum(v) / len(v) for v in by_pos.values()], label=name)
+        b.plot(list(by_pos), [sum(v) / len(v) for v in by_pos.values()], label=name)
     for ax, y in ((a, 'perplexity'), (b, 'attention entropy (nats)')):
         ax.axvline(block_size, color='black', linestyle='--', linewidth=1)
         ax.set(xlabel='length' if ax is a else 'position', ylabel=y, xscale='log')
         ax.legend()
     a.set_yscale('log')
     what = 'slope' if heads(model, 'slope').any() else 'scale'
-    fig.colorbar(c.imshow(heads(model, what), cmap='viridis', aspect='auto'), ax=c)
+    fig.colorbar(c.imshow(heads(model, what).numpy(), cmap='viridis', aspect='auto'), ax=c)
     c.set(xlabel='head', ylabel='layer', title=f'{what} of each head\'s temperature')
     fig.savefig(file, dpi=150)
 

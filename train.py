@@ -245,6 +245,10 @@ def main():
            f'compile {"on" if use_compile else "off"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
            + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
 
+    if config.pe in ('t5', 'alibi'):
+        print0(f'{config.pe} adds a bias to every score: {config.n_head * args.length ** 2 * 4 / 1e6:,.0f} MB at length {args.length}'
+               + (', and learning it takes attention off the fused kernel' if config.pe == 't5' else ''))
+
     # the log: after a kill it may run ahead of the checkpoint
     log_file = f'{args.out}/log.jsonl'
     if env.master:

@@ -7,6 +7,7 @@ in one, prints one table and the heat maps. What is there already is not run aga
     python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings        # results/tiny-encodings.csv: every encoding, every extension
 """
 import csv
+import glob
 import os
 import shlex
 import statistics
@@ -156,13 +157,40 @@ def plot(rows, order, lengths, L, file):
     print(file)
 
 
+def plot_entropy(todo, out, seed, L, file):
+    """The paper's explanation, of one seed: entropy by position (mean over heads, and each head), the temperatures that bend it back."""
+    plt = io.pyplot(file)
+    found = [(r, f) for r in todo for f in glob.glob(f'{where(out, r.run, seed, r.name)}/*.entropy.csv')]
+    if not found:
+        return print(f'{file} needs the runs of seed {seed} in {out}: not drawn')
+    tuned = [(r, f.replace('.entropy.csv', '.pt')) for r, f in found if r.method in ('head', 'head-log') and not r.then]
+    fig, axes = plt.subplots(1, 1 + len(tuned), figsize=(6 + 3 * len(tuned), 4), layout='constrained', width_ratios=[2] + [1] * len(tuned), squeeze=False)
+    for r, f in found:
+        by_pos = {}
+        for e in read_csv(f):
+            by_pos.setdefault(int(e['position']), []).append(float(e['entropy']))
+        line, = axes[0, 0].plot(list(by_pos), [statistics.mean(v) for v in by_pos.values()], label=r.name)
+        if not r.method:                             # the spread over heads, where it does not hide the rest
+            axes[0, 0].plot(list(by_pos), list(by_pos.values()), color=line.get_color(), alpha=0.25, linewidth=0.7)
+    axes[0, 0].axvline(L, color='black', linestyle='--', linewidth=1)
+    axes[0, 0].set(xlabel='position (dashed: training length)', ylabel='attention entropy (nats)', xscale='log')
+    axes[0, 0].legend(fontsize='small')
+    for ax, (r, ckpt) in zip(axes[0, 1:], tuned):
+        what = 'slopes' if r.method.endswith('-log') else 'heads'
+        grid = io.load_checkpoint(ckpt)['extended'][what]
+        fig.colorbar(ax.imshow(grid, cmap='viridis', aspect='auto'), ax=ax)
+        ax.set(xlabel='head', ylabel='layer', xticks=range(len(grid[0])), yticks=range(len(grid)), title=f'{r.name}: {"slope" if what == "slopes" else "temperature"}')
+    fig.savefig(file, dpi=130)
+    print(file)
+
+
 def main():
     p = io.parser(__doc__)
     p.add_argument('--scale', default='tiny')
     p.add_argument('--table', choices=TABLES, default='headline', help='ablations: and what takes the method apart; encodings: every encoding, every extension')
     p.add_argument('--seeds', type=io.int_list, default=[1])
     p.add_argument('--out', default='out', help='folder for data and runs')
-    p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length')
+    p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length, and in FILE-entropy.png attention entropy of the first seed')
     p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations results/SCALE.csv, encodings results/SCALE-encodings.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
@@ -244,6 +272,7 @@ def main():
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
         plot(done, names, lengths, L, args.plot)
+        plot_entropy(todo, out, args.seeds[0], L, args.plot.replace('.png', '-entropy.png'))
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

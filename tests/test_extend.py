@@ -522,6 +522,17 @@ def test_heat_map_marks_the_training_length(block_size, marked):
     assert re.findall(r'\d+%', mean) == ['75%', '75%', '0%']
 
 
+def test_figures(trained, extended, corpus, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    short = f'--ckpt {trained} --data {corpus} --out {tmp_path}'
+    assert run(extend.main, HEAD, short, f'--plot {tmp_path}/a.png') == 0
+    assert run(extend.main, HEAD, short, f'--method head-log --plot {tmp_path}/b.png') == 0
+    assert run(eval_passkey.main, f'--ckpt {extended}/head-128.pt --lengths 96,128 --depths 2 --trials 1 --out {tmp_path} --plot {tmp_path}/c.png {CPU}') == 0
+    assert all((tmp_path / f'{x}.png').stat().st_size > 10_000 for x in 'abc')
+    refused(capsys, extend.main, f'{HEAD} {short}', f'--plot {tmp_path}/nowhere/a.png : --plot folder')
+    refused(capsys, extend.main, f'{HEAD} {short}', f'--plot {tmp_path}/a.word : --plot figure.png')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 

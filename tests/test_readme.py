@@ -129,6 +129,12 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     assert config['pe'] == 'nope' and io.load_checkpoint(f'{tmp_path}/toy/rope-7-8-1')['config']['pe'] == 'rope'
     on = io.load_checkpoint(f'{tmp_path}/toy/rope-2x-1/rope-pi-trained-on/on')
     assert on['config']['rope_inv_freq'] and on['args']['length'] == 256
+    try:
+        import matplotlib                            # noqa: F401 (optional)
+        assert in_process(reproduce.main, flags, f'--plot {tmp_path}/table.png') == 0
+        assert all((tmp_path / f).stat().st_size > 10_000 for f in ('table.png', 'table-entropy.png'))
+    except ImportError:
+        pass
     monkeypatch.setattr(reproduce, 'run', lambda *_: pytest.fail('nothing is left to do'))
     monkeypatch.setattr(reproduce, 'train', lambda runs: runs and pytest.fail('nothing is left to train'))
     assert in_process(reproduce.main, flags) == 0
