@@ -27,7 +27,7 @@ stretch() { [ -f $out/$1/$2-$3.pt ] || run extend.py --ckpt $out/$1 --data $out/
 measure() {
     for corpus in books proofs; do
         to=$out/on-$corpus/$(basename $(dirname $1))
-        [ -f $to/$(basename $1 .pt).ppl.csv ] || run extend.py --ckpt $1 --data $out/$corpus --method none --lengths 256,384,512,768,1024,1536,2048 --stride 128 --eval_tokens 32768 --dtype fp32 --out $to
+        [ -f $to/$(basename $1 .pt).ppl.csv ] || run extend.py --ckpt $1 --data $out/$corpus --method none --lengths 256,384,512,768,1024,1536,2048 --stride 128 --eval_tokens 16384 --dtype fp32 --out $to
     done
 }
 both() { stretch $1 $2 $3; measure $out/$1/$2-$3.pt; }
