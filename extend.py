@@ -280,6 +280,7 @@ def tune(model, data, bos, args, env):
     of the steps, a cosine to a tenth. With args.focus no scale goes below 1 (eq. 6), no slope below 0. Returns the losses.
     """
     model.requires_grad_(False)
+    model.activation_checkpointing = args.activation_checkpointing
     what = 'slope' if args.method == 'head-log' else 'scale'
     params = [getattr(b.attn, what).requires_grad_() for b in model.blocks]
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -402,6 +403,7 @@ def main():
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
     p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
+    p.add_argument('--activation_checkpointing', action=argparse.BooleanOptionalAction, default=False, help='a third more arithmetic for much less memory')
     args = p.parse_args()
     for name, least in dict(grid_batches=1, steps=1, batch=1, batch_tokens=1, length=1, stride=1, micro_batch=1, iterations=1, population=4, eval_tokens=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:

@@ -189,6 +189,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     logits_at_once = 2**26       # logits held at a time by the loss: 256 MB in fp32
+    activation_checkpointing = False         # keep only what enters each block, and compute the rest again in backward
 
     def __init__(self, config):
         super().__init__()
@@ -244,7 +245,10 @@ class GPT(nn.Module):
             rope = angle.cos(), angle.sin()          # (T, hs/2) each
         log_len = ((pos + 1) / c.block_size).clamp(min=1).log()      # 0 up to block_size
         for block in self.blocks:
-            x = block(x, rope, log_len, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, log_len, mask, cache)
         if cache is not None:
             cache.len = end
         x = self.norm(x if rows is None else x[:, rows])

@@ -46,7 +46,7 @@ def get_args():
     p = io.parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # files
-    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json')
+    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random: tokens for a benchmark')
     p.add_argument('--out', required=True, help='folder of this run')
     p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
     p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
@@ -79,6 +79,8 @@ def get_args():
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
     p.add_argument('--compile', action=yes_no, help='torch.compile (default: on GPU only)')
+    p.add_argument('--activation_checkpointing', action=yes_no, default=False, help='a third more arithmetic for much less memory')
+    p.add_argument('--timeout', type=float, default=600, help='seconds that a process waits for the others before the job ends')
     args = p.parse_args()
 
     given = args.given = sorted(k for k, v in vars(args).items() if v is not None)
@@ -95,7 +97,7 @@ def get_args():
     for name in ('length', 'min_length'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             io.fail(f'--{name} {getattr(args, name)} must be at least 1')
-    for name in ('lr', 'muon_lr', 'grad_clip'):
+    for name in ('lr', 'muon_lr', 'grad_clip', 'timeout'):
         if not 0 < getattr(args, name) < math.inf:
             io.fail(f'--{name} {getattr(args, name)} must be a positive number')
     if not 0 <= args.weight_decay < math.inf:
@@ -225,6 +227,7 @@ def main():
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
     io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()))
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
+    model.activation_checkpointing = args.activation_checkpointing
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
     opts = make_optimizers(raw, args)
     step = tokens_seen = 0

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,12 +39,15 @@ def parser(doc):
 # ---------------------------------------------------------------------------------------------------------------------
 # ranks, device, precision
 
-def out_of_memory(kind, e, trace):
-    """sys.excepthook: what does not fit costs one line as well."""
-    if issubclass(kind, torch.OutOfMemoryError) or 'not enough memory' in str(e):
-        return print(f'error: out of memory: lower --micro_batch (extend.py --batch, eval_passkey.py --batch_tokens) or --length. {str(e).splitlines()[0]}',
-                     file=sys.stderr, flush=True)
-    sys.__excepthook__(kind, e, trace)
+def explain(kind, e, trace):
+    """sys.excepthook: what does not fit in memory, and a process that has lost the others, costs one line as well."""
+    first = (str(e).splitlines() or [''])[0]
+    if issubclass(kind, torch.OutOfMemoryError) or 'not enough memory' in first:
+        print(f'error: out of memory: lower --micro_batch (eval_passkey.py --batch_tokens) or --length, or give --activation_checkpointing. {first}', file=sys.stderr, flush=True)
+    elif issubclass(kind, dist.DistError) or 'gloo' in first:
+        print(f'error: rank {os.environ.get("RANK")} lost another process, which has ended or not answered within --timeout; go on with --resume. {first}', file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, e, trace)
 
 
 def setup(args):
@@ -71,8 +75,8 @@ def setup(args):
         device = f'cuda:{index}'
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
-    sys.excepthook = out_of_memory
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=getattr(args, 'timeout', 600)), **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
+    sys.excepthook = explain
     torch.manual_seed(args.seed)
     dtype, reason = pick_dtype(args.dtype, kind)
     amp = (lambda: torch.autocast(kind, torch.bfloat16)) if dtype == 'bf16' else nullcontext
@@ -197,6 +201,9 @@ def write_data(out, tokenizer, splits, source):
 
 def open_data(path, split):
     """(tokens as a read-only memmap, meta), checked as far as that is cheap: size, type, the largest id."""
+    if path == 'random':                             # for benchmarks: tokens that cost nothing to read and teach nothing
+        data = np.random.default_rng(split == 'val').integers(32000, size=2**22, dtype=np.uint16)
+        return data, dict(tokenizer='random', dtype='uint16', vocab_size=32000, bos=None, **{s: dict(tokens=len(data), docs=[0], sha256='random') for s in ('train', 'val')})
     if not os.path.isdir(path):
         fail(f'--data {path} is not a folder; make one with python -m data.passkey.prepare or data.text.prepare')
     try:
@@ -216,7 +223,7 @@ def open_data(path, split):
     if n == 0:
         fail(f'{file} is empty: prepare the data again from more text')
     data = np.memmap(file, dtype, 'r')
-    for i in range(0, n, 2**24):
+    for i in range(0, n, max(2**24, n // 64)):       # all of a small file; of one that would take minutes, 64 places
         part = data[i:i + 2**24]
         if part.max() >= vocab_size:
             at = i + int(part.argmax())

@@ -407,7 +407,7 @@ def test_lock_lasts_as_long_as_the_process(tmp_path, refused):
 
 
 def test_out_of_memory_is_one_line(capsys):
-    io.out_of_memory(torch.OutOfMemoryError, torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nand more'), None)
-    io.out_of_memory(RuntimeError, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), None)
+    io.explain(torch.OutOfMemoryError, torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nand more'), None)
+    io.explain(RuntimeError, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), None)
     first, second = capsys.readouterr().err.splitlines()
     assert 'lower --micro_batch' in first and '2.00 GiB' in first and 'lower --micro_batch' in second and '9 bytes' in second

@@ -41,7 +41,7 @@ def some(*shape):
 
 def knobs(**changed):
     """extend.py's flags, as its functions get them."""
-    return SimpleNamespace(**dict(length=40, batch=8, micro_batch=8, seed=3, method='head', lr=0.03, steps=20, focus=True, compile=False,
+    return SimpleNamespace(**dict(length=40, batch=8, micro_batch=8, seed=3, method='head', lr=0.03, steps=20, focus=True, compile=False, activation_checkpointing=False,
                                   grid=[0.5, 1, 1.7], grid_batches=2) | changed)
 
 

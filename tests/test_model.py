@@ -375,6 +375,20 @@ def test_attention_runs_on_a_fused_kernel(pe):
 
 
 @every_pe
+def test_activation_checkpointing_changes_memory_only(pe):
+    model, idx, made = heat(build(pe, n_layer=4)), tokens(2, L + 1), []
+    for model.activation_checkpointing in False, True:
+        kept = []                                    # numbers held for the backward pass
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        made.append([sum(kept), loss.item(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    assert made[1][0] < made[0][0] / 3 and made[0][1] == made[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(made[0][2:], made[1][2:], strict=True))
+
+
+@every_pe
 def test_compiles_in_one_graph(pe):
     model, idx = heat(build(pe)), tokens(2, L + 1)
     net = torch.compile(model, backend='aot_eager', fullgraph=True)      # traced forward and backward; no C++ compiler needed

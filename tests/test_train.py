@@ -313,6 +313,31 @@ def test_two_processes_are_one_for_every_encoding(pe, corpus, tmp_path):
     close(tmp_path / 'one', tmp_path / 'two')
 
 
+def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
+    flags = f'{TINY} --steps 9999 --warmup 2 --eval_every 2 --timeout 3 --data {corpus} --out {tmp_path}/run'.split()
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE='2', OMP_NUM_THREADS='1')
+    ranks = [subprocess.Popen([sys.executable, 'train.py', *flags], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), cwd=os.path.dirname(train.__file__),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    try:
+        assert any(line.startswith('step 4/') for line in ranks[0].stdout)
+        ranks[1].send_signal(signal.SIGSTOP)
+        err = ranks[0].communicate(timeout=30)[1]
+    finally:
+        for p in ranks:
+            p.kill()
+            p.communicate()
+    assert ranks[0].returncode == 1 and re.findall('^error: rank 0 lost another process.*--resume', err, re.M) and 'Traceback' not in err
+    assert io.load_checkpoint(f'{tmp_path}/run')['step'] >= 4
+
+
+def test_random_data_is_a_benchmark(tmp_path, capsys):
+    assert run(train.main, TINY, f'--data random --steps 2 --out {tmp_path}') == 0
+    losses = [r['loss'] for r in rows(tmp_path) if 'loss' in r]
+    assert all(abs(x - math.log(32000)) < 0.5 for x in losses) and 'tok/s' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is trained, and how
 
