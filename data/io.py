@@ -351,7 +351,7 @@ def preflight(out, need_bytes):
         fail(f'--out {out} cannot be written ({e.strerror}): choose another folder')
     free = shutil.disk_usage(out).free
     if free < need_bytes:
-        fail(f'--out {out}: {free / 1e9:.2f} GB free, checkpoints will take {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
+        fail(f'--out {out}: {free / 1e9:.2f} GB free, this will take up to {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
 
 
 def lock(out):

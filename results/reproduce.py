@@ -30,18 +30,20 @@ SCALES = dict(
 )
 # for training, for extension, and for measuring past what that holds
 CORPORA = dict(passkey='--retrieval 0.5', passkey_tune='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
-# what rows start from: flags of train.py, and the run that it goes on from, if any
+# what rows start from: flags of train.py, the run that it goes on from (if any), the corpus
+Run = namedtuple('Run', 'flags parent corpus', defaults=(None, 'passkey'))
 RUNS = {
-    'nope': ('--pe nope', None),
-    'rope': ('--pe rope', None),
-    'rope-2x': ('--pe rope --steps 4800', None),     # the twin has not learned the passkey in its window after 2,400
-    'learned': ('--pe learned', None),
-    'sinusoidal': ('--pe sinusoidal', None),
-    't5': ('--pe t5', None),
-    'alibi': ('--pe alibi', None),
-    'rope-7-8': ('--pe rope --steps 2100', None),
-    'drope': ('--pe nope --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),     # the last eighth of the tokens without RoPE
-    'drope-no-qk-norm': ('--pe nope --no-qk_norm --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),
+    'nope': Run('--pe nope'),
+    'rope': Run('--pe rope'),
+    # the twin answers what lies as near as the training corpus asks; there is more to learn in its window from rarer questions
+    'rope-rare': Run('--pe rope --steps 600 --warmup 60 --min_length 64', 'rope', 'passkey_tune'),
+    'learned': Run('--pe learned'),
+    'sinusoidal': Run('--pe sinusoidal'),
+    't5': Run('--pe t5'),
+    'alibi': Run('--pe alibi'),
+    'rope-7-8': Run('--pe rope --steps 2100'),
+    'drope': Run('--pe nope --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),       # the last eighth of the tokens without RoPE
+    'drope-no-qk-norm': Run('--pe nope --no-qk_norm --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),
 }
 # extend.py's method (None: the run as it is) and flags, the corpus it is extended on; then train.py's flags, where it is trained on
 Row = namedtuple('Row', 'name run method extra corpus then', defaults=(None, '', 'passkey_tune', None))
@@ -54,9 +56,9 @@ HEADLINE = [
 ]
 ABLATIONS = HEADLINE + [
     Row('RoPE head', 'rope', 'head'),
-    Row('RoPE, twice the steps', 'rope-2x'),
-    Row('RoPE YaRN, twice the steps', 'rope-2x', 'yarn'),
-    Row('RoPE head, twice the steps', 'rope-2x', 'head'),
+    Row('RoPE, rare questions', 'rope-rare'),
+    Row('RoPE YaRN, rare questions', 'rope-rare', 'yarn'),
+    Row('RoPE head, rare questions', 'rope-rare', 'head'),
     Row('NoPE head, training mix', 'nope', 'head', corpus='passkey'),
     Row('NoPE head, from 1.0', 'nope', 'head', '--init 1.0'),
     Row('NoPE head, no focus', 'nope', 'head', '--no-focus'),
@@ -70,16 +72,16 @@ ENCODINGS = HEADLINE[:3] + [
     Row('T5', 't5'),
     Row('ALiBi', 'alibi'),
     Row('RoPE', 'rope'),
-    Row('RoPE, twice the steps', 'rope-2x'),
-    Row('RoPE PI', 'rope-2x', 'pi'),
-    Row('RoPE NTK', 'rope-2x', 'ntk'),
-    Row('RoPE dynamic NTK', 'rope-2x', 'ntk-dynamic'),
-    Row('RoPE YaRN', 'rope-2x', 'yarn'),
-    Row('RoPE LongRoPE', 'rope-2x', 'longrope', '--population 16 --iterations 10'),
-    Row('RoPE PI, trained on', 'rope-2x', 'pi', then=f'{ON} --steps 200'),
-    Row('RoPE PI, trained on 5x', 'rope-2x', 'pi', then=f'{ON} --steps 1000'),
-    Row('RoPE YaRN, trained on', 'rope-2x', 'yarn', then=f'{ON} --steps 200'),
-    Row('RoPE YaRN, trained on 5x', 'rope-2x', 'yarn', then=f'{ON} --steps 1000'),
+    Row('RoPE, rare questions', 'rope-rare'),
+    Row('RoPE PI', 'rope-rare', 'pi'),
+    Row('RoPE NTK', 'rope-rare', 'ntk'),
+    Row('RoPE dynamic NTK', 'rope-rare', 'ntk-dynamic'),
+    Row('RoPE YaRN', 'rope-rare', 'yarn'),
+    Row('RoPE LongRoPE', 'rope-rare', 'longrope', '--population 16 --iterations 10'),
+    Row('RoPE PI, trained on', 'rope-rare', 'pi', then=f'{ON} --steps 200'),
+    Row('RoPE PI, trained on 5x', 'rope-rare', 'pi', then=f'{ON} --steps 1000'),
+    Row('RoPE YaRN, trained on', 'rope-rare', 'yarn', then=f'{ON} --steps 200'),
+    Row('RoPE YaRN, trained on 5x', 'rope-rare', 'yarn', then=f'{ON} --steps 1000'),
     Row('DroPE', 'drope'),
     Row('DroPE uniform', 'drope', 'uniform'),
     Row('DroPE head', 'drope', 'head'),
@@ -205,19 +207,19 @@ def main():
         lengths, measured_on = lengths + [16 * L], 'passkey_long'
     common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
     # what makes each row: in the csv too, so that a row which other flags made is made again
-    roots = {name: f'--preset tiny {pe} --dtype fp32 {scale["shape"]} {scale["train"]}'.strip() for name, (pe, parent) in RUNS.items() if not parent}
-    children = {name: f'{pe} --dtype fp32 {scale["train"]}'.strip() for name, (pe, parent) in RUNS.items() if parent}
+    roots = {name: f'--preset tiny {r.flags} --dtype fp32 {scale["shape"]} {scale["train"]}'.strip() for name, r in RUNS.items() if not r.parent}
+    children = {name: f'{r.flags} --dtype fp32 {scale["train"]}'.strip() for name, r in RUNS.items() if r.parent}
     extend = {r.name: f'--method {r.method} --length {target} --dtype fp32 {scale["tune"]} {r.extra}'.strip() for r in todo}
     then = {r.name: f'{r.then.format(target=target)} --dtype fp32 {scale["train"]}'.strip() for r in todo if r.then}
     flags = {}
     for r in todo:
-        parts = [roots[r.run]] if r.run in roots else [roots[RUNS[r.run][1]], children[r.run]]
+        parts = [roots[r.run]] if r.run in roots else [roots[RUNS[r.run].parent], f'{children[r.run]} on {RUNS[r.run].corpus}']
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
         flags[r.name] = ' | '.join(parts + [f'{common} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_tune')])
     done = [d for d in read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
-        needed = corpus in {'passkey', measured_on, *(r.corpus for left in missing.values() for r in left if r.method)}
+        needed = corpus in {'passkey', 'passkey_tune', measured_on, *(r.corpus for left in missing.values() for r in left if r.method)}
         if any(missing.values()) and needed and not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
 
@@ -233,10 +235,9 @@ def main():
         if len(left) < len(todo):
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
-        needed = [RUNS[r.run][1] or r.run for r in left], [r.run for r in left if RUNS[r.run][1]]
-        common_train = f'--data {out}/passkey --seed {seed} --resume'
-        train({f'{out}/{name}-{seed}': f'{roots[name]} {common_train}' for name in needed[0]})
-        train({f'{out}/{name}-{seed}': f'--init_from {out}/{RUNS[name][1]}-{seed} {children[name]} {common_train}' for name in needed[1]})
+        data = {name: f'--data {out}/{run.corpus} --seed {seed} --resume' for name, run in RUNS.items()}
+        train({f'{out}/{name}-{seed}': f'{roots[name]} {data[name]}' for name in dict.fromkeys(RUNS[r.run].parent or r.run for r in left)})
+        train({f'{out}/{r.run}-{seed}': f'--init_from {out}/{RUNS[r.run].parent}-{seed} {children[r.run]} {data[r.run]}' for r in left if RUNS[r.run].parent})
         for r in left:
             began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
             cells = {}

@@ -1,0 +1,198 @@
+"""
+What the corpora on the Hugging Face hub share: streaming, several tokenizer processes, and going on after a stop.
+
+Documents are read through `datasets` from parquet or jsonl (.gz, .zst) files, on the hub or in a local folder, and
+tokenised a shard at a time. DIR/.shards keeps each shard, with where the readers stood after it, until train.bin and
+val.bin are complete: the same command goes on after a stop, and ends in the same bytes as without one.
+Memory holds a few shards for each process; the disk holds every token twice until the end.
+"""
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from glob import glob
+from itertools import zip_longest
+from typing import Callable, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.io import fail, get_tokenizer, lock, preflight, write_data
+
+SHARD = 2**22                                        # characters, about a second of work: what a stop loses for each process
+tokenizer_of = functools.cache(get_tokenizer)        # one for each process
+
+
+class Corpus(NamedTuple):
+    source: str                                      # a local folder, or a name on the hub
+    files: str                                       # which of its files
+    text: Callable = lambda row: row['text']         # a row -> the document, or None to leave it out
+    columns: tuple = ('text',)                       # all that `text` looks at, and all that is read of a parquet file
+    share: float = 1.0                               # of --tokens
+    lanes: int = 1                                   # files read in turn, document by document
+
+
+def flags(p):
+    """Adds the flags of every corpus to the parser, and parses."""
+    p.add_argument('--out', required=True, help='folder for train.bin, val.bin, meta.json')
+    p.add_argument('--tokenizer', default='gpt2', help='gpt2 (default), another tiktoken encoding, bytes, or hf:DIR')
+    p.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizer processes (default: one for each core)')
+    args = p.parse_args()
+    if not 0 < args.val <= 1:
+        fail(f'--val {args.val} must be above 0, and at most 1')
+    for flag, least in dict(workers=1, tokens=1, seed=0).items():
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            fail(f'--{flag} {getattr(args, flag)} must be at least {least}')
+    return args
+
+
+def find(c, seed):
+    """Paths or addresses of a corpus's files, sorted, or with a seed in random order. A local folder of another layout gives all it has."""
+    try:
+        import datasets                              # noqa: F401 (brings what opens hf:// too)
+        import fsspec
+    except ImportError:
+        fail('this corpus is read through the package datasets: pip install datasets')
+    local = os.path.isdir(c.source)
+    try:
+        fs, root = fsspec.core.url_to_fs(os.path.abspath(c.source) if local else f'hf://datasets/{c.source}')
+        found = next(filter(None, (fs.glob(f'{root}/{p}') for p in [c.files] + ['**/*.parquet', '**/*.jsonl*'] * local)), [])
+    except Exception as e:                           # each version of the hub's client has its own exceptions
+        fail(f'{c.source} is no folder here, and the hub cannot give it ({reason(e)}): check network and name, or name a local copy')
+    if not found:
+        fail(f'{c.source} has no files {c.files}' + (', nor *.parquet or *.jsonl' if local else ': it has moved; name another one or a local copy'))
+    order = range(len(found)) if seed is None else np.random.default_rng(seed).permutation(len(found))
+    return [sorted(found)[i] if local else fs.unstrip_protocol(sorted(found)[i]) for i in order]
+
+
+def reason(e):
+    return f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}'
+
+
+def read(c, files, states):
+    """Yields (texts, states): a shard's documents, and where each lane stands after them. Goes on from `states`, if any."""
+    import datasets
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # lines of json are parsed here: fields that nobody reads may have another form on every line
+    parquet = files[0].endswith('.parquet')
+    kind = dict(path='parquet', columns=list(c.columns)) if parquet else dict(path='text')
+    texts, n = [], 0
+    try:
+        lanes = [datasets.load_dataset(**kind, data_files=files[i::c.lanes], split='train', streaming=True) for i in range(min(c.lanes, len(files)))]
+        for lane, state in zip(lanes, states or []):
+            lane.load_state_dict(state)
+        for rows in zip_longest(*lanes):
+            for row in filter(None, rows):           # None: a lane that has ended
+                text = c.text(row if parquet else json.loads(row['text']))
+                if text:
+                    texts.append(text)
+                    n += len(text)
+            if n >= SHARD:
+                yield texts, [lane.state_dict() for lane in lanes]
+                texts, n = [], 0
+        if texts:
+            yield texts, [lane.state_dict() for lane in lanes]
+    except Exception as e:
+        fail(f'{c.source} cannot be read ({reason(e)}): it needs the fields {" and ".join(c.columns)}, and where it is gated `hf auth login`; '
+             'after a lost connection the same command goes on from here')
+
+
+def follow():
+    """A worker leaves Ctrl-C to the main process, and ends with it, even where that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode(file, tokenizer, val, texts, states):
+    """In a process of its own: writes a shard, its documents' ids one after another, where each ends, and which are for validation."""
+    tokenizer = tokenizer_of(tokenizer)
+    raw = [t.encode(errors='replace') for t in texts]                    # half of a surrogate pair is no text
+    # a hash of the text decides, so that no document is in both splits, nor a copy of it
+    held = [int.from_bytes(hashlib.sha256(b).digest()[:6], 'big') < val * 2**48 for b in raw]
+    docs = [np.array(tokenizer.encode(b.decode()), np.min_scalar_type(tokenizer.n_vocab)) for b in raw]
+    with open(f'{file}.tmp', 'wb') as f:
+        np.savez(f, ids=np.concatenate(docs), ends=np.cumsum([len(d) for d in docs]), val=held, states=json.dumps(states))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{file}.tmp', file)
+    return file
+
+
+def shards(c, files, folder, args, pool):
+    """Yields the file of shard after shard, in order: those of an earlier run, then new ones, at most two ahead for each process."""
+    k, states, waiting = 0, None, deque()
+    while os.path.exists(f'{folder}/{k:06d}.npz'):
+        yield f'{folder}/{k:06d}.npz'
+        k += 1
+    if k:
+        with np.load(f'{folder}/{k - 1:06d}.npz') as shard:
+            states = json.loads(str(shard['states']))
+    for texts, states in read(c, files, states):
+        waiting.append(pool.submit(encode, f'{folder}/{k:06d}.npz', args.tokenizer, args.val, texts, states))
+        k += 1
+        if len(waiting) > 2 * args.workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def prepare(args, corpora):
+    """
+    Writes args.out from {name: Corpus}, one after another: batches are drawn from the whole of train.bin, so their order
+    does not matter, and the shares hold to a document. args.tokens counts train.bin (val.bin where args.val is 1;
+    None: all there is); val.bin gets the documents for validation that come among these.
+    """
+    tokenizer, counted, sizes = tokenizer_of(args.tokenizer), 'val' if args.val == 1 else 'train', {}
+    files, folders = {name: find(c, args.seed) for name, c in corpora.items()}, {}
+    # every token twice, less what a run before this one has written
+    written = sum(map(os.path.getsize, glob(f'{args.out}/.shards/*/*') + glob(f'{args.out}/.*.tmp')))
+    preflight(args.out, 2 * (args.tokens or 0) * np.min_scalar_type(tokenizer.n_vocab).itemsize - written)
+    for name, c in corpora.items():                  # shards of other flags or files are of no use: they have another folder
+        folders[name] = f'{args.out}/.shards/{hashlib.sha256(repr((name, args.tokenizer, args.val, files[name])).encode()).hexdigest()[:16]}'
+        os.makedirs(folders[name], exist_ok=True)
+        print(f'{name}: {len(files[name])} files from {c.source}, {sum(f.endswith(".npz") for f in os.listdir(folders[name]))} shards are here already')
+
+    def documents(split):
+        for name, c in corpora.items():
+            n, want = dict(train=0, val=0), (args.tokens or np.inf) * c.share
+            for file in shards(c, files[name], folders[name], args, pool):
+                with np.load(file) as shard:
+                    ids, ends, val = shard['ids'], shard['ends'].tolist(), shard['val']
+                for a, b, of in zip([0] + ends, ends, np.where(val, 'val', 'train')):
+                    if n[counted] < want:
+                        size = b - a + (tokenizer.bos is not None)
+                        n[of] += size
+                        bar.update(size * (of == split == counted))
+                        if of == split:
+                            yield ids[a:b]
+                if n[counted] >= want:
+                    break
+            if n[counted] < want < np.inf:
+                fail(f'{c.source} ends after {n[counted]:,} of {want:,.0f} tokens: the same command with a lower --tokens uses these')
+            sizes[name] = n
+        if not sum(n[split] for n in sizes.values()):
+            fail(f'no document for {split}.bin: give more --tokens or another --val')
+    # spawned, not forked: `datasets` and arrow have threads
+    pool = ProcessPoolExecutor(max_workers=args.workers, mp_context=multiprocessing.get_context('spawn'), initializer=follow)
+    splits = dict(train=documents('train'), val=documents('val')) if args.val < 1 else dict(train=[], val=documents('val'))
+    try:
+        with lock(f'{args.out}/.shards'), tqdm(total=args.tokens, unit=' tokens', unit_scale=True, disable=None) as bar:
+            meta = write_data(args.out, tokenizer, splits, source=dict(files=files, tokens=sizes))
+    except (KeyboardInterrupt, BrokenProcessPool) as e:
+        why = 'Ctrl-C' if isinstance(e, KeyboardInterrupt) else 'a tokenizer process was killed: try fewer --workers'
+        fail(f'stopped ({why}); the same command goes on from here')
+    finally:
+        pool.shutdown(cancel_futures=True)
+    shutil.rmtree(f'{args.out}/.shards')
+    for split in splits:
+        n, docs = meta[split]['tokens'], meta[split]['docs']
+        print(f'{args.out}/{split}.bin: {n:,} tokens, {len(docs):,} documents, the longest {np.diff(docs + [n]).max(initial=0):,} tokens'
+              + ''.join(f', {size[split] / n:.4%} {name}' for name, size in sizes.items() if len(sizes) > 1))
