@@ -33,6 +33,14 @@ def parser(doc):
     """An argparse.ArgumentParser that shows the docstring as it is and takes no abbreviations; a wrong flag costs one line."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.error = lambda message: fail(f'{message} (--help lists the flags)')
+
+    def parse_args():
+        args = argparse.ArgumentParser.parse_args(p)
+        for name, value in vars(args).items():
+            if value == []:                          # what argparse makes of --flag=-- before Python 3.13
+                p.error(f'--{name} needs a value')
+        return args
+    p.parse_args = parse_args
     return p
 
 

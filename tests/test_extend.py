@@ -560,7 +560,7 @@ def test_bad_input_of_eval_passkey(case, corpus, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('main', [extend.main, eval_passkey.main])
-@pytest.mark.parametrize('flags', ['--lengths 64,many', '--lengths 64,', '--lengths 64.5', '--length 96 --len 64', '--dtype fp16', '--seed one'])
+@pytest.mark.parametrize('flags', ['--device=--', '--lengths 64,many', '--lengths 64,', '--lengths 64.5', '--length 96 --len 64', '--dtype fp16', '--seed one'])
 def test_bad_flags(main, flags, corpus, trained, tmp_path, capsys):
     assert run(main, f'--ckpt {trained} --out {tmp_path}/out', f'--data {corpus} --method none' if main is extend.main else '', flags) == 2
     err = capsys.readouterr().err
