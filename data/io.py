@@ -342,8 +342,8 @@ def load_model(ckpt, **override):
 
 
 def check_fits(config, meta, data_path, lengths=()):
-    """The data's vocabulary is the model's, and the lengths lie inside a learned table."""
-    if meta['vocab_size'] != config.vocab_size:
+    """The data's vocabulary is the model's (that of a Hugging Face model may be padded), and the lengths lie inside a learned table."""
+    if meta['vocab_size'] > config.vocab_size or meta['vocab_size'] < config.vocab_size and not meta['tokenizer'].startswith('hf:'):
         fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use the data that it was trained on')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
