@@ -16,37 +16,34 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 from data import io
+from model import ENCODINGS
 from eval_passkey import heat_map
 
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
-    toy=dict(L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
+    toy=dict(L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 ', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
     tiny=dict(L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
               measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
 )
-# for training, for extension, and for measuring past what that holds
-CORPORA = dict(passkey='--retrieval 0.5', passkey_tune='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
-# what rows start from: flags of train.py, the run that it goes on from (if any), the corpus
+# questions often, for most of the training; rarely, for the rest of it and for the extension; and in longer documents, for measuring past those
+CORPORA = dict(passkey='--retrieval 0.5', passkey_rare='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
+# what rows start from: flags of train.py, the run that it goes on from (if any), the corpus. Each has 3,000 steps in two parts:
+# retrieval comes early where the question comes often, and reaches over the whole window where it comes rarely (results/README.md)
 Run = namedtuple('Run', 'flags parent corpus', defaults=(None, 'passkey'))
-RUNS = {
-    'nope': Run('--pe nope'),
-    'rope': Run('--pe rope'),
-    # the twin answers what lies as near as the training corpus asks; there is more to learn in its window from rarer questions
-    'rope-rare': Run('--pe rope --steps 600 --warmup 60 --min_length 64', 'rope', 'passkey_tune'),
-    'learned': Run('--pe learned'),
-    'sinusoidal': Run('--pe sinusoidal'),
-    't5': Run('--pe t5'),
-    'alibi': Run('--pe alibi'),
-    'rope-7-8': Run('--pe rope --steps 2100'),
-    'drope': Run('--pe nope --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),       # the last eighth of the tokens without RoPE
-    'drope-no-qk-norm': Run('--pe nope --no-qk_norm --steps 300 --warmup 30 --min_length 64', 'rope-7-8'),
+RARE = '--steps 600 --warmup 60 --min_length 64'
+RUNS = {f'{pe}-often': Run(f'--pe {pe}') for pe in ENCODINGS} | {pe: Run(f'--pe {pe} {RARE}', f'{pe}-often', 'passkey_rare') for pe in ENCODINGS} | {
+    # the last eighth without RoPE (DroPE)
+    'rope-7-8': Run('--pe rope --steps 225 --warmup 60 --min_length 64', 'rope-often', 'passkey_rare'),
+    'drope': Run('--pe nope --steps 375 --warmup 60 --min_length 64', 'rope-7-8', 'passkey_rare'),
+    'drope-no-qk-norm': Run('--pe nope --no-qk_norm --steps 375 --warmup 60 --min_length 64', 'rope-7-8', 'passkey_rare'),
 }
 # extend.py's method (None: the run as it is) and flags, the corpus it is extended on; then train.py's flags, where it is trained on
-Row = namedtuple('Row', 'name run method extra corpus then', defaults=(None, '', 'passkey_tune', None))
+Row = namedtuple('Row', 'name run method extra corpus then', defaults=(None, '', 'passkey_rare', None))
 HEADLINE = [
     Row('NoPE', 'nope'),
     Row('NoPE uniform', 'nope', 'uniform'),
@@ -56,15 +53,12 @@ HEADLINE = [
 ]
 ABLATIONS = HEADLINE + [
     Row('RoPE head', 'rope', 'head'),
-    Row('RoPE, rare questions', 'rope-rare'),
-    Row('RoPE YaRN, rare questions', 'rope-rare', 'yarn'),
-    Row('RoPE head, rare questions', 'rope-rare', 'head'),
-    Row('NoPE head, training mix', 'nope', 'head', corpus='passkey'),
+    Row('NoPE head, frequent questions', 'nope', 'head', corpus='passkey'),
     Row('NoPE head, from 1.0', 'nope', 'head', '--init 1.0'),
     Row('NoPE head, no focus', 'nope', 'head', '--no-focus'),
 ]
 ON = '--length {target} --batch_tokens 8192 --micro_batch 8 --optimizer adamw --lr 3e-4 --warmup 20'       # the tokens of head tuning
-ENCODINGS = HEADLINE[:3] + [
+EXTENSIONS = HEADLINE[:3] + [
     Row('NoPE uniform-log', 'nope', 'uniform-log'),
     Row('NoPE head-log', 'nope', 'head-log'),
     Row('learned', 'learned'),
@@ -72,16 +66,15 @@ ENCODINGS = HEADLINE[:3] + [
     Row('T5', 't5'),
     Row('ALiBi', 'alibi'),
     Row('RoPE', 'rope'),
-    Row('RoPE, rare questions', 'rope-rare'),
-    Row('RoPE PI', 'rope-rare', 'pi'),
-    Row('RoPE NTK', 'rope-rare', 'ntk'),
-    Row('RoPE dynamic NTK', 'rope-rare', 'ntk-dynamic'),
-    Row('RoPE YaRN', 'rope-rare', 'yarn'),
-    Row('RoPE LongRoPE', 'rope-rare', 'longrope', '--population 16 --iterations 10'),
-    Row('RoPE PI, trained on', 'rope-rare', 'pi', then=f'{ON} --steps 200'),
-    Row('RoPE PI, trained on 5x', 'rope-rare', 'pi', then=f'{ON} --steps 1000'),
-    Row('RoPE YaRN, trained on', 'rope-rare', 'yarn', then=f'{ON} --steps 200'),
-    Row('RoPE YaRN, trained on 5x', 'rope-rare', 'yarn', then=f'{ON} --steps 1000'),
+    Row('RoPE PI', 'rope', 'pi'),
+    Row('RoPE NTK', 'rope', 'ntk'),
+    Row('RoPE dynamic NTK', 'rope', 'ntk-dynamic'),
+    Row('RoPE YaRN', 'rope', 'yarn'),
+    Row('RoPE LongRoPE', 'rope', 'longrope', '--population 16 --iterations 10'),
+    Row('RoPE PI, trained on', 'rope', 'pi', then=f'{ON} --steps 200'),
+    Row('RoPE PI, trained on 5x', 'rope', 'pi', then=f'{ON} --steps 1000'),
+    Row('RoPE YaRN, trained on', 'rope', 'yarn', then=f'{ON} --steps 200'),
+    Row('RoPE YaRN, trained on 5x', 'rope', 'yarn', then=f'{ON} --steps 1000'),
     Row('DroPE', 'drope'),
     Row('DroPE uniform', 'drope', 'uniform'),
     Row('DroPE head', 'drope', 'head'),
@@ -89,7 +82,7 @@ ENCODINGS = HEADLINE[:3] + [
     Row('DroPE, no QK-norm', 'drope-no-qk-norm'),
     Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
 ]
-TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=ENCODINGS)
+TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=EXTENSIONS)
 COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds', 'flags')
 
 
@@ -202,25 +195,24 @@ def main():
     scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
     file = args.csv or dict(headline=f'{out}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
     L, target, names = scale['L'], scale['target'], [r.name for r in todo]
-    lengths, measured_on = io.int_list(scale['lengths']), 'passkey_tune'
+    lengths, measured_on = io.int_list(scale['lengths']), 'passkey_rare'
     if args.table == 'encodings':                    # up to 16 times, on documents that are as long
         lengths, measured_on = lengths + [16 * L], 'passkey_long'
     common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
     # what makes each row: in the csv too, so that a row which other flags made is made again
-    roots = {name: f'--preset tiny {r.flags} --dtype fp32 {scale["shape"]} {scale["train"]}'.strip() for name, r in RUNS.items() if not r.parent}
-    children = {name: f'{r.flags} --dtype fp32 {scale["train"]}'.strip() for name, r in RUNS.items() if r.parent}
+    trained = {name: f'{"" if r.parent else "--preset tiny "}{r.flags} --dtype fp32 {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in RUNS.items()}
+    line = lambda name: (line(RUNS[name].parent) if RUNS[name].parent else []) + [name]          # a run, after those that it goes on from
     extend = {r.name: f'--method {r.method} --length {target} --dtype fp32 {scale["tune"]} {r.extra}'.strip() for r in todo}
     then = {r.name: f'{r.then.format(target=target)} --dtype fp32 {scale["train"]}'.strip() for r in todo if r.then}
     flags = {}
     for r in todo:
-        parts = [roots[r.run]] if r.run in roots else [roots[RUNS[r.run].parent], f'{children[r.run]} on {RUNS[r.run].corpus}']
+        parts = [f'{trained[name]} on {RUNS[name].corpus}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
-        flags[r.name] = ' | '.join(parts + [f'{common} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_tune')])
+        flags[r.name] = ' | '.join(parts + [f'{common} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
     done = [d for d in read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
-        needed = corpus in {'passkey', 'passkey_tune', measured_on, *(r.corpus for left in missing.values() for r in left if r.method)}
-        if any(missing.values()) and needed and not os.path.exists(f'{out}/{corpus}/meta.json'):
+        if any(missing.values()) and corpus in ('passkey', 'passkey_rare', measured_on) and not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
 
     def measure(ckpt, folder, common):
@@ -235,9 +227,9 @@ def main():
         if len(left) < len(todo):
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
-        data = {name: f'--data {out}/{run.corpus} --seed {seed} --resume' for name, run in RUNS.items()}
-        train({f'{out}/{name}-{seed}': f'{roots[name]} {data[name]}' for name in dict.fromkeys(RUNS[r.run].parent or r.run for r in left)})
-        train({f'{out}/{r.run}-{seed}': f'--init_from {out}/{RUNS[r.run].parent}-{seed} {children[r.run]} {data[r.run]}' for r in left if RUNS[r.run].parent})
+        for generation in zip_longest(*(line(r.run) for r in left)):
+            train({f'{out}/{name}-{seed}': (f'--init_from {out}/{RUNS[name].parent}-{seed} ' if RUNS[name].parent else '')
+                   + f'{trained[name]} --data {out}/{RUNS[name].corpus} --seed {seed} --resume' for name in dict.fromkeys(generation) if name})
         for r in left:
             began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
             cells = {}

@@ -110,7 +110,7 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE LongRoPE', 'RoPE PI, trained on', 'DroPE uniform')
     monkeypatch.setattr(reproduce, 'run', script)
     monkeypatch.setattr(reproduce, 'train', lambda runs: [script('train.py', f'{flags} --out {folder}') for folder, flags in runs.items()])
-    kept = [r._replace(extra='--population 4 --iterations 1') if r.method == 'longrope' else r for r in reproduce.ENCODINGS if r.name in names]
+    kept = [r._replace(extra='--population 4 --iterations 1') if r.method == 'longrope' else r for r in reproduce.EXTENSIONS if r.name in names]
     monkeypatch.setitem(reproduce.TABLES, 'encodings', kept)
     flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
     assert in_process(reproduce.main, flags) == 0
@@ -122,12 +122,12 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     assert '16x |' in shown and all(f'\n| {n} |' in shown for n in names)
     dynamic = {r['length']: r['loss'] for r in rows if r['row'] == 'RoPE dynamic NTK'}
     for n in 192, 2048:                              # the static one of that length, on the same tokens
-        assert os.path.exists(f'{tmp_path}/toy/rope-rare-1/rope-dynamic-ntk/ntk-{n}.pt')
-        ppl = io_rows(f'{tmp_path}/toy/rope-rare-1/rope-dynamic-ntk/ntk-{n}.ppl.csv')
+        assert os.path.exists(f'{tmp_path}/toy/rope-1/rope-dynamic-ntk/ntk-{n}.pt')
+        ppl = io_rows(f'{tmp_path}/toy/rope-1/rope-dynamic-ntk/ntk-{n}.ppl.csv')
         assert dynamic[str(n)] == f"{float(next(r['nll'] for r in ppl if r['length'] == str(n))):.4f}" and len({r['tokens'] for r in ppl}) == 1
     config = io.load_checkpoint(f'{tmp_path}/toy/drope-1')['config']
     assert config['pe'] == 'nope' and io.load_checkpoint(f'{tmp_path}/toy/rope-7-8-1')['config']['pe'] == 'rope'
-    on = io.load_checkpoint(f'{tmp_path}/toy/rope-rare-1/rope-pi-trained-on/on')
+    on = io.load_checkpoint(f'{tmp_path}/toy/rope-1/rope-pi-trained-on/on')
     assert on['config']['rope_inv_freq'] and on['args']['length'] == 256
     try:
         import matplotlib                            # noqa: F401 (optional)
