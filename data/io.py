@@ -36,9 +36,9 @@ def parser(doc):
 
     def parse_args():
         args = argparse.ArgumentParser.parse_args(p)
-        for name, value in vars(args).items():
-            if value == []:                          # what argparse makes of --flag=-- before Python 3.13
-                p.error(f'--{name} needs a value')
+        for a in p._actions:
+            if a.nargs is None and getattr(args, a.dest, None) == []:    # what argparse makes of --flag=-- before Python 3.13
+                p.error(f'--{a.dest} needs a value')
         return args
     p.parse_args = parse_args
     return p

@@ -2,7 +2,7 @@
 How the best uniform temperature grows with length: fits lambda = 1 + a ln s to checkpoints that extend.py --method
 uniform wrote for several lengths of one model, s = length / training length.
 
-    for n in 384 512 768 1024 1536 2048; do python extend.py --ckpt out/nope --data data/passkey_tune --method uniform --length $n --eval_tokens 0; done
+    for n in 384 512 768 1024 1536 2048; do python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length $n --eval_tokens 0; done
     python -m results.fit out/nope/uniform-*.pt
 
 Wang et al. 2024 (app. B) find a = 0.3010 after 10k steps of pre-training and 0.3973 after 50k (R2 0.995, 0.977), for the best

@@ -1,8 +1,8 @@
 """
 The synthetic corpus of the tiny reproduction: generated, no download, a vocabulary of about a hundred words.
 
-    python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey
-    python -m data.passkey.prepare --out data/passkey_tune --retrieval 0.7 --gap 200 --seed 1 --tokens 4000000     # the extension corpus
+    python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey, questions often
+    python -m data.passkey.prepare --out data/passkey_rare --retrieval 0.7 --gap 200 --seed 1 --tokens 4000000     # questions rarely
 
 Documents of random length (log-uniform, 64 to --longest tokens), of two kinds in random order:
   passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once, and
