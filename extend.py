@@ -38,6 +38,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import io
+from model import rope_frequencies
 
 
 def heads(model, what='scale'):
@@ -158,35 +159,35 @@ def loss_of(model, data, bos, args, env):
     return total.item()
 
 
-def slope_for(lam, model, args):
-    """The slope with which a query at args.length has the temperature lam."""
-    return (lam - 1) / math.log(args.length / model.config.block_size)
+def knob(args):
+    """Which of the two numbers of a temperature the method turns."""
+    return 'slope' if args.method.endswith('-log') else 'scale'
+
+
+def set_uniform(model, lam, args):
+    """One temperature for all heads: lam everywhere, or with a -log method for the query at args.length."""
+    slope = knob(args) == 'slope'
+    set_heads(model, (lam - 1) / math.log(args.length / model.config.block_size) if slope else lam, knob(args))
 
 
 def uniform(model, data, bos, args, env):
     """Tries every lambda of args.grid, the temperature at args.length -> (best lambda, [(lambda, loss)])."""
-    curve, log = [], args.method.endswith('-log')
-    put = lambda lam: set_heads(model, slope_for(lam, model, args), 'slope') if log else set_heads(model, lam)
+    curve = []
     for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
-        put(lam)
+        set_uniform(model, lam, args)
         curve.append((lam, loss_of(model, data, bos, args, env)))
     best = min(curve, key=lambda c: c[1])[0]
-    put(best)
+    set_uniform(model, best, args)
     width = 40 / max(1e-9, max(c[1] for c in curve) - min(c[1] for c in curve))
-    env.print(f'uniform lambda at {"position" if log else "length"} {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
+    env.print(f'uniform lambda at {"length" if knob(args) == "scale" else "position"} {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
     for lam, loss in curve:
         env.print(f'  {lam:5.2f}  {loss:.4f}  ' + '#' * int((loss - min(c[1] for c in curve)) * width) + ('  <- best' if lam == best else ''))
     return best, curve
 
 
-def trained_frequencies(c):
-    d = c.n_embd // c.n_head
-    return [c.rope_theta ** (-2 * i / d) for i in range(d // 2)]
-
-
 def pi(c, length):
     """Position interpolation (Chen et al. 2023, eq. 4): -> (hs/2 inverse frequencies, temperature 1)."""
-    return [f * c.block_size / length for f in trained_frequencies(c)], 1.0
+    return [f * c.block_size / length for f in rope_frequencies(c)], 1.0
 
 
 def ntk(c, length):
@@ -205,7 +206,7 @@ def yarn(c, length):
     dim = lambda turns: d * math.log(c.block_size / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
     low, high = max(0, math.floor(dim(32))), min(d - 1, math.ceil(dim(1)))
     slow = [min(1.0, max(0.0, (i - low) / max(1e-3, high - low))) for i in range(d // 2)]      # 0: keep, 1: divide by s
-    return [f * (1 - r) + f / s * r for f, r in zip(trained_frequencies(c), slow)], (0.1 * math.log(s) + 1) ** 2
+    return [f * (1 - r) + f / s * r for f, r in zip(rope_frequencies(c), slow)], (0.1 * math.log(s) + 1) ** 2
 
 
 ROPE = dict(pi=pi, ntk=ntk, yarn=yarn)
@@ -219,7 +220,7 @@ def longrope(model, data, bos, args, env):
     -> (hs/2 inverse frequencies, n-hat, [(candidates tried, best loss)]). Leaves the model with them.
     """
     c, rng, known = model.config, np.random.default_rng(args.seed), {}
-    freq, top = trained_frequencies(c), 1.25 * max(1.0, args.length / c.block_size)
+    freq, top = rope_frequencies(c), 1.25 * args.length / c.block_size
     parts = args.population // 4                     # mutants a generation, and as many crossings; twice as many parents
     monotone = lambda r: all(a <= b for a, b in zip(r, r[1:]))
 
@@ -281,7 +282,7 @@ def tune(model, data, bos, args, env):
     """
     model.requires_grad_(False)
     model.activation_checkpointing = args.activation_checkpointing
-    what = 'slope' if args.method == 'head-log' else 'scale'
+    what = knob(args)
     params = [getattr(b.attn, what).requires_grad_() for b in model.blocks]
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     net = torch.compile(model, dynamic=False) if (args.compile if args.compile is not None else 'cuda' in env.device) else model
@@ -414,7 +415,7 @@ def main():
         io.fail(f'--grid {args.grid} must be positive numbers')
     if not 0 < args.lr < math.inf:
         io.fail(f'--lr {args.lr} must be a positive number')
-    tuned, log = args.method in ('head', 'head-log'), args.method.endswith('-log')
+    tuned = args.method in ('head', 'head-log')
     if tuned and args.focus and args.init != 'best' and not 1 <= args.init < math.inf:
         io.fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
 
@@ -448,7 +449,7 @@ def main():
         io.fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if (args.method in ROPE or args.method == 'longrope') and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
         io.fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
-    if log and args.length <= L:
+    if knob(args) == 'slope' and args.length <= L:
         io.fail(f'--method {args.method} changes what lies past the training length {L}: --length {args.length} must be longer')
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
 
@@ -473,11 +474,9 @@ def main():
         elif not tuned or args.init == 'best':
             best, curve = uniform(model, data, meta['bos'], args, env)
         if tuned:
-            lam = max(best, float(args.focus)) if args.init == 'best' else args.init
-            set_heads(model, slope_for(lam, model, args) if log else lam, 'slope' if log else 'scale')
+            set_uniform(model, max(best, float(args.focus)) if args.init == 'best' else args.init, args)
             losses = tune(model, data, meta['bos'], args, env)
-            env.print(f'{"slope of the" if log else ""} temperature of each head (a row a layer):\n'.lstrip() + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row)
-                      for row in heads(model, 'slope' if log else 'scale').tolist()))
+            env.print(f'{knob(args)} of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model, knob(args)).tolist()))
         name = f'{args.method}-{args.length}'
         tried = curve[-1][0] if args.method == 'longrope' else len(curve)
         tokens = len(losses) * args.batch * args.length + tried * args.grid_batches * args.batch * args.length

@@ -87,6 +87,12 @@ class KVCache:
         return [buf[:, :, :end] for buf in self.kv[layer]]
 
 
+def rope_frequencies(c):
+    """Su et al. 2021, sec. 3.2.2: the hs/2 inverse frequencies of a GPTConfig as trained, theta^(-2m / hs)."""
+    hs = c.n_embd // c.n_head
+    return [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+
+
 def rotate(x, rope):
     """RoPE on x (B, nh, T, hs): the pair (x_m, x_{m + hs/2}) turns by the angle position * inv_freq_m."""
     cos, sin = rope                                  # (T, hs/2) each, fp32
@@ -202,8 +208,7 @@ class GPT(nn.Module):
         elif c.pe == 'alibi':
             self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head)), persistent=False)
         elif c.pe == 'rope':
-            hs = c.n_embd // c.n_head
-            trained = [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+            trained = rope_frequencies(c)
             self.register_buffer('trained_freq', torch.tensor(trained, dtype=torch.float32), persistent=False)
             self.register_buffer('inv_freq', torch.tensor(c.rope_inv_freq or trained, dtype=torch.float32), persistent=False)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))

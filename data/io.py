@@ -53,7 +53,7 @@ def explain(kind, e, trace):
     if issubclass(kind, torch.OutOfMemoryError) or 'not enough memory' in first:
         print(f'error: out of memory: lower --micro_batch (eval_passkey.py --batch_tokens) or --length, or give --activation_checkpointing. {first}', file=sys.stderr, flush=True)
     elif issubclass(kind, dist.DistError) or 'gloo' in first:
-        print(f'error: rank {os.environ.get("RANK")} lost another process, which has ended or not answered within --timeout; go on with --resume. {first}', file=sys.stderr, flush=True)
+        print(f'error: rank {os.environ.get("RANK")} lost another process, which has ended or not answered in time; start again, train.py with --resume. {first}', file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, e, trace)
 

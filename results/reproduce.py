@@ -198,7 +198,6 @@ def main():
     lengths, measured_on = io.int_list(scale['lengths']), 'passkey_rare'
     if args.table == 'encodings':                    # up to 16 times, on documents that are as long
         lengths, measured_on = lengths + [16 * L], 'passkey_long'
-    common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
     # what makes each row: in the csv too, so that a row which other flags made is made again
     trained = {name: f'{"" if r.parent else "--preset tiny "}{r.flags} --dtype fp32 {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in RUNS.items()}
     line = lambda name: (line(RUNS[name].parent) if RUNS[name].parent else []) + [name]          # a run, after those that it goes on from
@@ -208,15 +207,16 @@ def main():
     for r in todo:
         parts = [f'{trained[name]} on {RUNS[name].corpus}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
-        flags[r.name] = ' | '.join(parts + [f'{common} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
+        flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype fp32 {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
     done = [d for d in read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
         if any(missing.values()) and corpus in ('passkey', 'passkey_rare', measured_on) and not os.path.exists(f'{out}/{corpus}/meta.json'):
             run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
 
-    def measure(ckpt, folder, common):
+    def measure(ckpt, folder, lengths):
         """{length: (loss, [hits])} of a checkpoint."""
+        common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
         run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}')
         run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
         ppl, pk = (read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
@@ -239,7 +239,7 @@ def main():
                     if n > L:
                         run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
                         at = f'{folder}/ntk-{n}.pt'
-                    cells[n] = measure(at, folder, f'--lengths {",".join(map(str, sorted({n, lengths[-1]})))} --dtype fp32')[n]
+                    cells[n] = measure(at, folder, sorted({n, lengths[-1]}))[n]
             else:
                 if r.method:
                     run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name]} --out {folder} --eval_tokens 0')
@@ -247,8 +247,7 @@ def main():
                 if r.then:
                     run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{r.corpus} --seed {seed} --resume --out {folder}/on')
                     ckpt = f'{folder}/on'
-                defined = lengths if r.run != 'learned' else [n for n in lengths if n <= L]      # its table ends
-                cells = measure(ckpt, folder, common.replace(",".join(map(str, lengths)), ",".join(map(str, defined))))
+                cells = measure(ckpt, folder, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
             done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
                           seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
             with open(f'{file}.tmp', 'w', newline='') as f:
@@ -265,7 +264,7 @@ def main():
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
         plot(done, names, lengths, L, args.plot)
-        plot_entropy(todo, out, args.seeds[0], L, args.plot.replace('.png', '-entropy.png'))
+        plot_entropy(todo, out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

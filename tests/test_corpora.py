@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,20 +17,7 @@ from data.pg19 import prepare as pg19
 from data.proof_pile import prepare as proof_pile
 from data.slimpajama_starcoder import prepare as mix
 from extend import windows
-
-
-@pytest.fixture
-def refused(capsys):
-    """`with refused(*words):` the block ends with exit code 2 and one line `error: ...` on stderr that holds the words."""
-    @contextmanager
-    def check(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            yield
-        line = capsys.readouterr().err
-        assert end.value.code == 2 and line.startswith('error: ') and line.count('\n') == 1, line
-        assert all(str(w) in line for w in words), line
-    return check
+from test_data import refused        # noqa: F401 (a fixture)
 
 
 class Lines:

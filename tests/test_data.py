@@ -364,6 +364,7 @@ def test_what_does_not_fit_is_named(refused):
     assert not hasattr(io.load_model(checkpoint(pe='learned'), pe='nope'), 'pos_embed')      # and goes
     with refused('257', 'words', '17'):
         io.check_fits(GPTConfig(**SHAPE), dict(vocab_size=257, tokenizer='words'), 'data')
+    io.check_fits(GPTConfig(**SHAPE), dict(vocab_size=16, tokenizer='hf:dir'), 'data')          # padded past its tokenizer
     for pe, n in ('nope', 800), ('learned', 8), ('learned', 9):
         with refused('learned', '8 positions', '9') if n == 9 else nullcontext():
             io.check_fits(GPTConfig(**SHAPE, pe=pe), dict(vocab_size=17, tokenizer='words'), 'data', [4, n])

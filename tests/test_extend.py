@@ -241,7 +241,7 @@ def test_longrope(corpus, tmp_path, capsys):
     old, new, again = (io.load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
     assert new['config'] == again['config'] and bits(new['model']) == bits(old['model'])
     c, tried = GPTConfig(**new['config']), new['extended']['curve']
-    divisors = np.array(extend.trained_frequencies(c)) / c.rope_inv_freq
+    divisors = np.array(extend.rope_frequencies(c)) / c.rope_inv_freq
     assert (divisors > 1 - 1e-5).all() and (np.diff(divisors) > -1e-5).all() and divisors.max() <= 1.25 * 128 / 64 + 1e-5 and c.rope_start in extend.N_HAT
     assert [n for n, _ in tried] == sorted(n for n, _ in tried) and len(tried) == 4 and [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
     # the loss that it reports is that of the checkpoint, and no worse than the methods that it began with

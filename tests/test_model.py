@@ -278,7 +278,6 @@ def test_rope_keeps_the_first_positions():
     assert torch.equal(kept(idx)[0][:, :9], plain(idx)[0][:, :9]) and (kept(idx)[0][:, 9:] != given(idx)[0][:, 9:]).any(-1).all()
     angle = torch.arange(40)[:, None] * torch.tensor([0.7, 0.05, 0.01, 0.0])
     angle[:9] = torch.arange(9)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
-    x = torch.randn(2, 40, 32)
     seen = []
     kept.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x[1]))
     kept(idx)

@@ -159,3 +159,8 @@ def io_rows(file):
 def test_unknown_scale_is_one_line():
     out = subprocess.run([sys.executable, '-m', 'results.reproduce', '--scale', 'huge'], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.startswith('error: SCALE=huge') and out.stderr.count('\n') == 1
+
+
+def test_random_command_lines():
+    out = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', '12'], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert out.returncode == 0 and out.stdout.count(' 0 failed') == 5, out.stdout + out.stderr

@@ -25,7 +25,7 @@ import torch
 
 import extend
 from data import io
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rope_frequencies
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
 SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads', n_kv_head='num_key_value_heads',
@@ -62,7 +62,7 @@ def read_scaling(c, rope, longest):
     temperature on the scores). c: the GPTConfig without scaling; longest: max_position_embeddings, in tokens. The kinds are
     those of transformers' modeling_rope_utils. KeyError, TypeError, ValueError or ArithmeticError for what makes no sense.
     """
-    kind, L, trained = rope.get('rope_type', rope.get('type', 'default')), c.block_size, extend.trained_frequencies(c)
+    kind, L, trained = rope.get('rope_type', rope.get('type', 'default')), c.block_size, rope_frequencies(c)
     factor = rope.get('factor') or longest / L
     if kind == 'default':
         return None, 1.0
@@ -88,7 +88,7 @@ def write_scaling(c, longest):
     The inverse, for use up to `longest` tokens: -> (rope_theta, rope_scaling or None, the temperature that comes with it).
     Takes the first kind that is read back as these frequencies; longrope can name any.
     """
-    trained, d, L = extend.trained_frequencies(c), c.n_embd // c.n_head, dict(original_max_position_embeddings=c.block_size)
+    trained, d, L = rope_frequencies(c), c.n_embd // c.n_head, dict(original_max_position_embeddings=c.block_size)
     freq = c.rope_inv_freq or trained
     tries = [(c.rope_theta, {}), (freq[-1] ** (-d / max(1, d - 2)), {})]         # NTK is another base
     for s in (longest / c.block_size, round(trained[-1] / freq[-1], 9)):         # what extend.py was asked for, or what is seen
@@ -100,7 +100,7 @@ def write_scaling(c, longest):
     for theta, rope in tries:
         plain = replace(c, rope_theta=theta, rope_inv_freq=None)
         got, lam = read_scaling(plain, rope, longest)
-        if all(math.isclose(a, b, rel_tol=2e-7) for a, b in zip(freq, got or extend.trained_frequencies(plain))):    # fp32 has no more
+        if all(math.isclose(a, b, rel_tol=2e-7) for a, b in zip(freq, got or rope_frequencies(plain))):    # fp32 has no more
             return theta, rope or None, lam
 
 
