@@ -6,7 +6,7 @@ Extends a trained checkpoint past its training length, and measures what that do
     python extend.py --ckpt out/nope --data data/passkey --method head --length 1024       # one for each (layer, head)
     python extend.py --ckpt out/rope --data data/passkey --method longrope --length 1024 --population 16 --iterations 10
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/tinyllama --data data/corpus --method head --length 8192 --lr 0.1
-the paper's perplexity protocol: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152
+the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 
 for any encoding, by sharper attention: lambda_h(i) = scale_h + slope_h ln max(1, i / L), training length L
   uniform      one scale for all heads: the one on --grid with the lowest loss at --length on train.bin (Wang et al. 2024, sec. 3)
@@ -31,6 +31,7 @@ import csv
 import math
 import os
 import time
+from itertools import islice
 
 import numpy as np
 import torch
@@ -71,17 +72,31 @@ def windows(docs, longest, stride, tokens):
     return out
 
 
+def paper_windows(docs, length, stride, tokens):
+    """
+    The same by the rule of Wang et al. (their run_ppl.py): document after document, a window that ends at `length`, at
+    length + stride, and so on as long as it lies inside. So each length has tokens, and maybe documents, of its own.
+    """
+    out = list(islice(((d, e) for d in docs for e in range(length, len(d), stride)), math.ceil(tokens / stride)))
+    if not out:
+        io.fail(f'no document of val.bin is longer than {length:,} tokens (the longest has {max(map(len, docs)):,}): lower --lengths')
+    return out
+
+
 @torch.inference_mode()
-def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens):
-    """-> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over scored tokens, in nats."""
-    ends, rows = windows(docs, max(lengths), stride, tokens), []
-    n_docs = len({id(d) for d, _ in ends})
-    with tqdm(total=sum(lengths) * len(ends), unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False, dynamic_ncols=True) as bar:
-        for length in lengths:
+def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, paper=False):
+    """
+    -> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over scored tokens, in nats.
+    paper: windows as in Wang et al., without a BOS of their own.
+    """
+    same, rows = windows(docs, max(lengths), stride, tokens) if not paper else None, []
+    at = {n: same or paper_windows(docs, n, stride, tokens) for n in lengths}
+    with tqdm(total=sum(n * len(ends) for n, ends in at.items()), unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False, dynamic_ncols=True) as bar:
+        for length, ends in at.items():
             mine, total = ends[env.rank::env.world], torch.zeros(1, dtype=torch.float64)
             size = max(1, batch_tokens // length)
             for i in range(0, len(mine), size):
-                w = io.anchor([d[e - length:e] for d, e in mine[i:i + size]], bos).to(env.device)
+                w = io.anchor([d[e - length:e] for d, e in mine[i:i + size]], None if paper else bos).to(env.device)
                 with env.autocast():
                     loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
                 total += loss.item() * len(w) * stride
@@ -90,7 +105,7 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens):
                 total = total.to(env.device)
                 dist.all_reduce(total)
             nll = total.item() / (len(ends) * stride)
-            rows.append(dict(length=length, stride=stride, docs=n_docs, tokens=len(ends) * stride, nll=nll, ppl=math.exp(nll)))
+            rows.append(dict(length=length, stride=stride, docs=len({id(d) for d, _ in ends}), tokens=len(ends) * stride, nll=nll, ppl=math.exp(nll)))
     return rows
 
 
@@ -134,7 +149,7 @@ def entropies(model, docs, T, env, samples=4):
 
 def evaluate(model, docs, bos, lengths, args, env):
     """Perplexity by length, and entropy in 32 bands of positions: rows {layer, head, position (the band's last), entropy}."""
-    ppl = perplexity(model, docs, bos, lengths, args.stride, args.eval_tokens, env, args.batch_tokens)
+    ppl = perplexity(model, docs, bos, lengths, args.stride, args.eval_tokens, env, args.batch_tokens, args.protocol == 'paper')
     ent = entropies(model, docs, max(lengths), env)
     T = ent.size(-1)
     edges = [T * i // 32 for i in range(33)]
@@ -327,14 +342,15 @@ def write_csv(file, rows):
     os.replace(f'{file}.tmp', file)
 
 
-def show(results, lengths, block_size, env):
+def show(results, lengths, block_size, args, env):
     """results: {name: (ppl rows, entropy rows)} -> a table of perplexity by length and one of entropy by position."""
     names, rows = list(results), [r for r, _ in results.values()]
-    r = rows[0][0]
-    env.print(f'\nperplexity: windows of the length named, stride {r["stride"]}, the same {r["tokens"]:,} tokens of {r["docs"]} documents at every length')
+    r, paper = rows[0][0], args.protocol == 'paper'
+    on = (lambda r: f'{r["tokens"]:,} tokens of {r["docs"]} documents')
+    env.print(f'\nperplexity: windows of the length named, stride {r["stride"]}, ' + ('by the paper\'s rule: other tokens at each length' if paper else f'the same {on(r)} at every length'))
     env.print('  length          ' + ''.join(f'{n:>18}' for n in names))
     for i, n in enumerate(lengths):
-        env.print(f'{n:>8} {n / block_size:>5g}x   ' + ''.join(f'{x[i]["ppl"]:>18.3f}' for x in rows))
+        env.print(f'{n:>8} {n / block_size:>5g}x   ' + ''.join(f'{x[i]["ppl"]:>18.3f}' for x in rows) + f'   {on(rows[0][i])}' * paper)
     env.print('\nattention entropy in nats, mean over heads (least to most diffuse head)')
     env.print(' to position      ' + ''.join(f'{n:>22}' for n in names) + '      uniform attention')
     for pos in sorted({e['position'] for e in results[names[0]][1]})[3::4]:
@@ -397,6 +413,7 @@ def main():
     p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
     p.add_argument('--stride', type=int, help='tokens that each window scores (default: half the shortest length; paper 256)')
     p.add_argument('--eval_tokens', type=int, default=2**14, help='tokens scored at each length; 0 measures nothing (paper 2097152)')
+    p.add_argument('--protocol', choices=('same', 'paper'), default='same', help='same: the same tokens at every length, windows begin with BOS; paper: each length on the first documents longer than it, no BOS')
     p.add_argument('--batch_tokens', type=int, default=2**14, help='tokens in one forward pass of the measurement')
     p.add_argument('--plot', metavar='FILE.png', help='draw perplexity, entropy and the temperatures')
     # machine
@@ -442,7 +459,7 @@ def main():
         io.fail(f'--micro_batch {args.micro_batch} must be at least 1')
     docs = io.documents(val, meta, 'val')
     if args.eval_tokens:
-        windows(docs, lengths[-1], args.stride, 1)   # too short a val.bin is known before the work
+        (paper_windows if args.protocol == 'paper' else windows)(docs, lengths[-1], args.stride, 1)      # too short a val.bin is known before the work
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 8 * sum(p.numel() for p in model.parameters()))
     if args.method != 'none' and ((heads(model) != 1) | (heads(model, 'slope') != 0)).any():
@@ -489,7 +506,7 @@ def main():
         env.print(f'{out}/{name}.pt: {tokens:,} tokens, {time.time() - start:.0f} s')
         measure(name)
     if results:
-        show(results, lengths, L, env)
+        show(results, lengths, L, args, env)
         if args.plot and env.master:
             plot(results, model, L, args.plot)
     io.finish()

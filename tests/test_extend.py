@@ -351,6 +351,29 @@ def test_perplexity_is_the_plain_one():
         assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(np.exp(want).tolist(), rel=1e-5)
 
 
+def test_the_papers_windows(trained, corpus, tmp_path, capsys):
+    """Wang et al.'s run_ppl.py as its protocol is described: [e - L, e) for e = L, L + S, ... < len(document), the last S tokens scored, in order up to a budget."""
+    model, docs = build(), [some(55), some(30)[5:], some(90)]
+    ref = copy.deepcopy(model).double()
+    got = extend.perplexity(model, docs, 7, [20, 40], 6, 60, ENV, 200, paper=True)
+    for row in got:
+        nll, seen, L = [], set(), row['length']
+        for i, d in enumerate(docs):
+            for e in range(L, len(d), 6):
+                if len(nll) < 60:
+                    w = torch.from_numpy(d[e - L:e].astype('int64'))             # no BOS but the document's own
+                    logp = ref(w[None, :-1])[0][0].log_softmax(-1)
+                    nll += [-logp[k - 1, w[k]].item() for k in range(L - 6, L)]
+                    seen.add(i)
+        assert row['nll'] == pytest.approx(sum(nll) / len(nll), abs=1e-5) and row['tokens'] == len(nll) == 60 and row['docs'] == len(seen)
+    assert [r['docs'] for r in got] == [3, 2]        # 55 tokens hold six windows of 20, but three of 40, and 25 none of 40
+    flags = f'--ckpt {trained} --data {corpus} --method none --out {tmp_path} --lengths 32,64 --stride 8 --eval_tokens 64 {CPU} --protocol paper'
+    assert run(extend.main, flags) == 0
+    out = capsys.readouterr().out
+    assert "by the paper's rule" in out and out.count('64 tokens of') == 2
+    refused(capsys, extend.main, flags.replace('32,64', '32,999999'), ' : no document of val.bin is longer than 999,999 tokens')
+
+
 @pytest.mark.parametrize('stride', [1, 5, 9])
 def test_uniform_model_has_the_vocabulary_as_perplexity(stride):
     model = build()

@@ -230,6 +230,11 @@ def special_ids(tokenizer, vocab_size):
     return ids
 
 
+def longest(ckpt):
+    """Tokens: the longest length that a checkpoint was trained or extended to."""
+    return max(ckpt['config']['block_size'], ckpt['args'].get('length') or 0, (ckpt.get('extended') or {}).get('length') or 0)
+
+
 def write(ckpt, folder, dtype):
     """A checkpoint -> a Hugging Face folder, whole or not at all."""
     folder = os.path.abspath(folder)
@@ -251,15 +256,15 @@ def write(ckpt, folder, dtype):
         from safetensors.torch import save_file
     except ImportError:
         io.fail('writing model.safetensors needs safetensors: pip install safetensors')
-    longest = max(c.block_size, ckpt['args'].get('length') or 0, (ckpt.get('extended') or {}).get('length') or 0)
+    n = longest(ckpt)
     kind, tied, lam = 'llama' if c.pe == 'rope' else 'smollm3', torch.equal(model['embed.weight'], model['lm_head.weight']), 1.0
     config = dict(architectures=[ARCHITECTURE[kind]], model_type=kind, **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}, hidden_act='silu',
-                  attention_bias=False, mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=longest, tie_word_embeddings=tied,
+                  attention_bias=False, mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
                   rope_theta=c.rope_theta, torch_dtype=str(DTYPES[dtype])[6:], **special_ids(ckpt['tokenizer'], c.vocab_size))
-    if longest > c.block_size:
+    if n > c.block_size:
         config['original_max_position_embeddings'] = c.block_size
     if c.pe == 'rope':                               # the older names, which all versions read
-        config['rope_theta'], config['rope_scaling'], lam = write_scaling(c, longest)
+        config['rope_theta'], config['rope_scaling'], lam = write_scaling(c, n)
     else:                                            # 0 is without RoPE
         config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
     io.preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
@@ -288,7 +293,7 @@ def write(ckpt, folder, dtype):
         io.fail(f'could not write {folder} ({str(e).partition(chr(10))[0]}): free some space or choose another folder')
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing is there any more but after a failure
-    print(f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {longest}'
+    print(f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
           + (f', RoPE {config["rope_scaling"]["rope_type"]}' if config.get('rope_scaling') else ''))
 
 

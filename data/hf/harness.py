@@ -1,0 +1,127 @@
+"""
+lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (slopes, QK-norm, n-hat, other encodings),
+and for prompts that must be cut in the middle, as LongBench's (its own backend for transformers cuts them on the left).
+
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-log-8192.pt --tasks piqa,openbookqa
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,max_length=8192 --tasks longbench
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,tokenizer=TinyLlama-NoPE-1.1B --tasks niah_single_1 --metadata '{"max_seq_lengths": [2048, 4096, 8192]}'
+
+The command line is lm_eval's own. model_args: ckpt; max_length (tokens; default the length that it was trained or extended
+to); tokenizer (a folder, for tasks that build their prompts with it; default the checkpoint's own); add_bos_token (default
+True: rows begin with BOS in training); truncation_side (left, middle or right; default middle); dtype. Decoding is greedy
+and one prompt at a time; --batch_size is for scoring. One process.
+"""
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from data import io
+from data.hf.convert import longest, special_ids
+from model import KVCache
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text, truncate_tokens
+except ImportError as e:
+    io.fail(f'data.hf.harness needs lm-evaluation-harness ({e}): pip install lm-eval')
+
+
+@register_model('nanonope')
+class NanoNoPE(TemplateLM):
+
+    def __init__(self, ckpt, max_length=None, tokenizer=None, add_bos_token=True, truncation_side='middle', dtype='auto',
+                 batch_size=1, max_batch_size=None, device=None, **unknown):
+        super().__init__()
+        if unknown:
+            io.fail(f'model_args: {", ".join(unknown)} unknown; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
+        if truncation_side not in ('left', 'middle', 'right') or dtype not in ('auto', 'bf16', 'fp32'):
+            io.fail(f'model_args: truncation_side={truncation_side} (left, middle or right), dtype={dtype} (auto, bf16 or fp32)')
+        self.env = io.setup(SimpleNamespace(device=device or 'auto', dtype=dtype, seed=0))
+        if self.env.world > 1:
+            io.fail('data.hf.harness is one process: start it without torchrun')
+        ckpt = io.load_checkpoint(str(ckpt))
+        self.model = io.load_model(ckpt).to(self.env.device).eval()
+        name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
+        self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
+        self.ends = {i for v in ids for i in (v if isinstance(v, list) else [v])}            # Llama 3 has several
+        self.max_length, self.batch_size, self.add_bos, self.side = int(max_length or longest(ckpt)), int(batch_size), bool(add_bos_token and self.tok.bos is not None), truncation_side
+        io.check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
+
+    eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
+    tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        bos = [self.tok.bos] if self.add_bos and add_special_tokens is not False else []
+        return bos + self.tok.encode(string)
+
+    def anchor(self, ids, n, side):
+        """At most n of the ids; what is cut begins with BOS all the same, as rows do in training."""
+        if len(ids) <= n:
+            return ids
+        ids = truncate_tokens(ids, n, side)
+        return [self.tok.bos] + ids[1:] if self.add_bos else ids
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        """[(_, context ids, continuation ids)] -> [(log-probability of the continuation in nats, is it the greedy one)]."""
+        ids = [self.anchor(context + continuation, self.max_length + 1, 'left') for _, context, continuation in requests]
+        out, order = [None] * len(ids), sorted(range(len(ids)), key=lambda i: -len(ids[i]))      # the longest first: memory shows at once
+        for at in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm):
+            batch = order[at:at + self.batch_size]
+            T = len(ids[batch[0]]) - 1
+            x = torch.tensor([ids[i][:-1] + [0] * (T + 1 - len(ids[i])) for i in batch], device=self.env.device)     # what pads stands where nothing looks
+            n = [min(len(requests[i][2]), len(ids[i]) - 1) for i in batch]
+            first = min(len(ids[i]) - 1 - k for i, k in zip(batch, n))
+            with self.env.autocast():
+                logits = self.model(x, rows=slice(first, None))[0]               # (B, T - first, V)
+            for i, k, row in zip(batch, n, logits):
+                row = row[len(ids[i]) - 1 - k - first:len(ids[i]) - 1 - first].float()
+                want = torch.tensor(ids[i][len(ids[i]) - k:], device=row.device, dtype=torch.long)
+                out[i] = row.log_softmax(-1).gather(1, want[:, None]).sum().item(), torch.equal(row.argmax(-1), want)
+                self.cache_hook.add_partial('loglikelihood', requests[i][0], out[i])
+        return out
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """[(text,)] -> [its log-probability], in windows of max_length that overlap only where the last would be short."""
+        windows = [[(None, *utils.make_disjoint_window(w)) for w in utils.get_rolling_token_windows(
+            self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length, context_len=1)] for r in requests]
+        scores = iter(self._loglikelihood_tokens([w for each in windows for w in each], disable_tqdm))
+        return [sum(next(scores)[0] for _ in each) for each in windows]
+
+    @torch.inference_mode()
+    def generate_until(self, requests, disable_tqdm=False):
+        """[(prompt, its settings)] -> [text up to a stop sequence, the end of a document or max_gen_toks tokens], greedy."""
+        out = []
+        for context, settings in tqdm([r.args for r in requests], disable=disable_tqdm):
+            settings = normalize_gen_kwargs(settings)
+            if settings['do_sample'] or settings.get('num_beams', 1) > 1:
+                io.fail('data.hf.harness decodes greedily: neither do_sample nor num_beams')
+            until = [s for s in handle_stop_sequences(settings['until'], eos=None) if s]
+            if settings['max_gen_toks'] >= self.max_length:
+                io.fail(f'max_length={self.max_length} has no room for a prompt beside the {settings["max_gen_toks"]} tokens that the task generates')
+            n = settings['max_gen_toks']
+            ids = self.anchor(self.tok_encode(context), self.max_length - n, self.side)
+            cache, new, text = KVCache(), [], ''
+            while len(new) < n and not any(s in text for s in until):
+                with self.env.autocast():
+                    x = torch.tensor([new[-1:] or ids], device=self.env.device)
+                    new.append(self.model(x, rows=slice(-1, None), cache=cache)[0][0, -1].argmax().item())
+                if new[-1] in self.ends:
+                    new.pop()
+                    break
+                text = self.tok.decode(new)
+            out.append(postprocess_generated_text(text, until, None))
+            self.cache_hook.add_partial('generate_until', (context, settings), out[-1])
+        return out
+
+
+def main():
+    from lm_eval.__main__ import cli_evaluate
+    cli_evaluate()
+
+
+if __name__ == '__main__':
+    main()
