@@ -27,7 +27,6 @@ Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint th
   .entropy.csv  mean attention entropy in nats (eq. 2) of each head in 32 bands of positions, at the longest length
 """
 import argparse
-import csv
 import math
 import os
 import time
@@ -137,7 +136,7 @@ def entropies(model, docs, T, env, samples=4):
     for d in docs[env.rank::env.world]:
         found.clear()
         with env.autocast():
-            model(torch.from_numpy(d[:T].astype('int64'))[None].to(env.device), rows=slice(-1, None))
+            model(torch.from_numpy(np.asarray(d[:T]).astype('int64'))[None].to(env.device), rows=slice(-1, None))
         total = total + torch.stack(found)
     for h in hooks:
         h.remove()
@@ -334,14 +333,6 @@ def tune(model, data, bos, args, env):
 # ---------------------------------------------------------------------------------------------------------------------
 # showing
 
-def write_csv(file, rows):
-    with open(f'{file}.tmp', 'w', newline='') as f:
-        w = csv.DictWriter(f, rows[0])
-        w.writeheader()
-        w.writerows(rows)
-    os.replace(f'{file}.tmp', file)
-
-
 def show(results, lengths, block_size, args, env):
     """results: {name: (ppl rows, entropy rows)} -> a table of perplexity by length and one of entropy by position."""
     names, rows = list(results), [r for r, _ in results.values()]
@@ -461,7 +452,8 @@ def main():
     if args.eval_tokens:
         (paper_windows if args.protocol == 'paper' else windows)(docs, lengths[-1], args.stride, 1)      # too short a val.bin is known before the work
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
-    io.preflight(out, 8 * sum(p.numel() for p in model.parameters()))
+    io.preflight(out, 8 * sum(p.numel() for p in model.parameters()),
+                 io.memory(model, args.micro_batch * args.length, False, args, env) if env.device == 'cpu' and tuned else 0)
     if args.method != 'none' and ((heads(model) != 1) | (heads(model, 'slope') != 0)).any():
         io.fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if (args.method in ROPE or args.method == 'longrope') and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
@@ -477,7 +469,7 @@ def main():
             results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
             for what, rows in zip(('ppl', 'entropy'), results[name]):
                 if env.master:
-                    write_csv(f'{out}/{name}.{what}.csv', rows)
+                    io.write_csv(f'{out}/{name}.{what}.csv', rows)
 
     measure(io.stem(args.ckpt))
     if args.method != 'none':

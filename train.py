@@ -225,7 +225,8 @@ def main():
         dist.all_gather_object(where, (ckpt and ckpt['step'], meta['train']['sha256']))
         if len(set(where)) > 1:
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
-    io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()))
+    io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
+                 io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' else 0)
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
     model.activation_checkpointing = args.activation_checkpointing
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
@@ -270,8 +271,11 @@ def main():
 
     def log(row, line):
         if env.master:
-            with open(log_file, 'a') as f:
-                f.write(json.dumps(row) + '\n')
+            try:
+                with open(log_file, 'a') as f:
+                    f.write(json.dumps(row) + '\n')
+            except OSError as e:
+                io.fail(f'{log_file} cannot be written ({e.strerror}): free some space; the last checkpoint is that of step {saved}, --resume goes on')
             print(line, flush=True)
 
     def save():

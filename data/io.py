@@ -4,6 +4,7 @@ What the scripts share: tokenizers by name, .bin files, batches, checkpoints, de
 Whatever a user can get wrong ends in fail(): one line that says what to do, exit code 2.
 """
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -22,9 +23,9 @@ import torch.distributed as dist
 from model import GPT, GPTConfig
 
 
-def fail(message):
-    """Ends the program with one line and exit code 2; under torchrun one process of each node speaks."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+def fail(message, everywhere=False):
+    """Ends the program with one line and exit code 2; under torchrun one process of each node speaks, where not each sees its own fault."""
+    if everywhere or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -207,8 +208,35 @@ def write_data(out, tokenizer, splits, source):
     return meta
 
 
+class Tokens:
+    """
+    A .bin file: its length in tokens, slices of it, and np.asarray of those, which is when they are read. (A memmap would
+    end us with SIGBUS where the file has become shorter.)
+    """
+
+    def __init__(self, file, dtype, start, stop, fd=None):
+        self.file, self.dtype, self.start, self.stop = file, dtype, start, stop
+        self.fd = os.open(file, os.O_RDONLY) if fd is None else fd
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __getitem__(self, part):
+        if not isinstance(part, slice):
+            return np.asarray(self[range(len(self))[part]:][:1])[0]
+        a, b, _ = part.indices(len(self))
+        return Tokens(self.file, self.dtype, self.start + a, self.start + max(a, b), self.fd)
+
+    def __array__(self, dtype=None, copy=None):
+        size = len(self) * self.dtype.itemsize
+        read = os.pread(self.fd, size, self.start * self.dtype.itemsize)
+        if len(read) < size:
+            fail(f'{self.file} has become shorter since it was opened: prepare the data again; what was saved before is intact', everywhere=True)
+        return np.frombuffer(read, self.dtype).astype(dtype or self.dtype)
+
+
 def open_data(path, split):
-    """(tokens as a read-only memmap, meta), checked as far as that is cheap: size, type, the largest id."""
+    """(Tokens, meta), checked as far as that is cheap: size, type, the largest id."""
     if path == 'random':                             # for benchmarks: tokens that cost nothing to read and teach nothing
         data = np.random.default_rng(split == 'val').integers(32000, size=2**22, dtype=np.uint16)
         return data, dict(tokenizer='random', dtype='uint16', vocab_size=32000, bos=None, **{s: dict(tokens=len(data), docs=[0], sha256='random') for s in ('train', 'val')})
@@ -230,9 +258,9 @@ def open_data(path, split):
         fail(f'{file} holds {os.path.getsize(file):,} bytes, but its meta.json says {n:,} tokens of {dtype.itemsize}: prepare the data again')
     if n == 0:
         fail(f'{file} is empty: prepare the data again from more text')
-    data = np.memmap(file, dtype, 'r')
+    data = Tokens(file, dtype, 0, n)
     for i in range(0, n, max(2**24, n // 64)):       # all of a small file; of one that would take minutes, 64 places
-        part = data[i:i + 2**24]
+        part = np.asarray(data[i:i + 2**24])
         if part.max() >= vocab_size:
             at = i + int(part.argmax())
             fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {vocab_size}: prepare the data again')
@@ -240,7 +268,7 @@ def open_data(path, split):
 
 
 def documents(data, meta, split):
-    """The documents of a split, in order, as arrays of ids (each with its BOS)."""
+    """The documents of a split, in order, as slices (each with its BOS)."""
     starts = meta[split]['docs'] + [len(data)]
     return [data[a:b] for a, b in zip(starts, starts[1:])]
 
@@ -349,8 +377,19 @@ def check_fits(config, meta, data_path, lengths=()):
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
 
 
-def preflight(out, need_bytes):
-    """Before long work: the folder can be written, has room for need_bytes, and no living run holds it (a lock)."""
+def memory(model, tokens, trained, args, env):
+    """
+    Bytes that a CPU needs at the least beside the weights: where they are `trained`, their gradients and AdamW's two
+    moments; and what each block keeps of `tokens` tokens for the backward pass, or with activation checkpointing, what enters it.
+    """
+    c, n, at = model.config, sum(p.numel() for p in model.parameters()), 2 if env.dtype == 'bf16' else 4
+    C, kv, inner = c.n_embd, c.n_kv_head * c.n_embd // c.n_head, c.n_inner
+    kept = 5 * C + 2 * kv + 3 * inner + (3 * C + kv + inner) * trained           # a token's norms, q, k, v, attention, SwiGLU
+    return 12 * n * trained + at * tokens * (kept + c.n_layer * C if args.activation_checkpointing else kept * c.n_layer)
+
+
+def preflight(out, need_bytes, need_memory=0):
+    """Before long work: the folder can be written and has room for need_bytes, and need_memory bytes are free (on Linux, which tells)."""
     try:
         os.makedirs(out, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):        # a name of its own: all ranks come here at once
@@ -360,6 +399,12 @@ def preflight(out, need_bytes):
     free = shutil.disk_usage(out).free
     if free < need_bytes:
         fail(f'--out {out}: {free / 1e9:.2f} GB free, this will take up to {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
+    need_memory *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if need_memory and os.path.exists('/proc/meminfo'):
+        free = next(int(line.split()[1]) * 1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
+        if free < need_memory:
+            fail(f'{free / 1e9:.1f} GB of memory are free, this will take at least {need_memory / 1e9:.1f} GB: lower --micro_batch or --length, give --activation_checkpointing, '
+                 'or take a smaller model')
 
 
 def lock(out):
@@ -390,6 +435,28 @@ def pyplot(file):
         fail(f'--plot {file}: a file name like figure.png, in a folder that exists')
     plt.close('all')
     return plt
+
+
+def write_csv(file, rows):
+    """rows: dicts with the same keys. Whole or not at all, and one line if it cannot be written."""
+    try:
+        with open(f'{file}.tmp', 'w', newline='') as f:
+            w = csv.DictWriter(f, rows[0])
+            w.writeheader()
+            w.writerows(rows)
+        os.replace(f'{file}.tmp', file)
+    except OSError as e:
+        with suppress(OSError):
+            os.remove(f'{file}.tmp')
+        fail(f'{file} cannot be written ({e.strerror}): free some space or choose another --out; what was written before is intact')
+
+
+def read_csv(file):
+    """-> its rows as dicts of text; none if there is no such file."""
+    if not os.path.exists(file):
+        return []
+    with open(file, newline='') as f:
+        return list(csv.DictReader(f))
 
 
 def int_list(text):

@@ -6,7 +6,6 @@ in one, prints one table and the heat maps. What is there already is not run aga
     python -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations        # results/tiny.csv, and the figure with --plot
     python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings        # results/tiny-encodings.csv: every encoding, every extension
 """
-import csv
 import glob
 import os
 import shlex
@@ -83,7 +82,6 @@ EXTENSIONS = HEADLINE[:3] + [
     Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
 ]
 TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=EXTENSIONS)
-COLUMNS = ('seed', 'row', 'length', 'loss', 'passkey', 'prompts', 'seconds', 'flags')
 
 
 def run(script, flags, threads=None, log=None):
@@ -104,10 +102,6 @@ def train(runs):
         for done in [pool.submit(run, 'train.py', f'{flags} --out {folder}', max(1, cores // len(runs)), f'{folder}.txt' if i else None)
                      for i, (folder, flags) in enumerate(runs.items())]:
             done.result()
-
-
-def read_csv(file):
-    return list(csv.DictReader(open(file, newline=''))) if os.path.exists(file) else []
 
 
 def mean_sd(values, digits):
@@ -162,7 +156,7 @@ def plot_entropy(todo, out, seed, L, file):
     fig, axes = plt.subplots(1, 1 + len(tuned), figsize=(6 + 3 * len(tuned), 4), layout='constrained', width_ratios=[2] + [1] * len(tuned), squeeze=False)
     for r, f in found:
         by_pos = {}
-        for e in read_csv(f):
+        for e in io.read_csv(f):
             by_pos.setdefault(int(e['position']), []).append(float(e['entropy']))
         line, = axes[0, 0].plot(list(by_pos), [statistics.mean(v) for v in by_pos.values()], label=r.name)
         if not r.method:                             # the spread over heads, where it does not hide the rest
@@ -208,7 +202,7 @@ def main():
         parts = [f'{trained[name]} on {RUNS[name].corpus}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
         flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype fp32 {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
-    done = [d for d in read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
+    done = [d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
         if any(missing.values()) and corpus in ('passkey', 'passkey_rare', measured_on) and not os.path.exists(f'{out}/{corpus}/meta.json'):
@@ -219,7 +213,7 @@ def main():
         common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
         run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}')
         run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
-        ppl, pk = (read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
+        ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
         return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
 
     for seed in args.seeds:
@@ -250,17 +244,13 @@ def main():
                 cells = measure(ckpt, folder, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
             done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
                           seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
-            with open(f'{file}.tmp', 'w', newline='') as f:
-                w = csv.DictWriter(f, COLUMNS)
-                w.writeheader()
-                w.writerows(done)
-            os.replace(f'{file}.tmp', file)
+            io.write_csv(file, done)
     for r in HEADLINE:                               # the first seed's; the others are in the same folders
         folder = where(out, r.run, args.seeds[0], r.name)
         for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if f.endswith('.passkey.csv'):
                 print(f'\n{r.name}, seed {args.seeds[0]}: passkey accuracy\n' + heat_map(
-                    [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in read_csv(f'{folder}/{f}')], L))
+                    [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in io.read_csv(f'{folder}/{f}')], L))
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
         plot(done, names, lengths, L, args.plot)

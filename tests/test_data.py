@@ -10,6 +10,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -384,6 +385,29 @@ def test_preflight(tmp_path, refused, monkeypatch):
     io.preflight(tmp_path, 10**9)
     with refused('--out', '1.00 GB free', '2.00 GB'):
         io.preflight(tmp_path, 2 * 10**9)
+
+
+@pytest.mark.parametrize('trained', [True, False])
+@pytest.mark.parametrize('shape', [dict(n_embd=128, n_head=4, n_kv_head=4, n_inner=128, qk_norm=True), dict(n_embd=64, n_head=8, n_kv_head=2, n_inner=200, pe='rope')])
+def test_memory_that_is_not_there(trained, shape, tmp_path, refused):
+    """The estimate against what autograd really keeps; it is one from below."""
+    model, kept = GPT(GPTConfig(vocab_size=50, block_size=64, n_layer=3, **shape)).requires_grad_(trained), {}
+    for b in model.blocks:
+        b.attn.scale.requires_grad_(not trained)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t     # once, however many operations share it
+        return t
+    x = torch.randint(50, (8, 65))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x[:, :-1], x[:, 1:])
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    need = lambda checkpointing, dtype='fp32': io.memory(model, 8 * 64, trained, SimpleNamespace(activation_checkpointing=checkpointing), SimpleNamespace(dtype=dtype))
+    assert 0.7 * real < need(False) - 12 * sum(p.numel() for p in model.parameters()) * trained <= real and need(True) < need(False) > need(False, 'bf16')
+    io.preflight(tmp_path, 0, need(False))
+    with refused('GB of memory are free', 'at least 1000000.0 GB', '--micro_batch'):
+        io.preflight(tmp_path, 0, 10**15)
 
 
 def test_lock_lasts_as_long_as_the_process(tmp_path, refused):

@@ -463,6 +463,36 @@ def test_two_processes_write_the_same(extended, trained, corpus, tmp_path):
     assert len(table(tmp_path / 'ckpt.passkey.csv')[1]) == 18 and len(table(tmp_path / 'head-128.ppl.csv')[1]) == 3
 
 
+def test_a_grid_that_was_stopped_goes_on(extended, trained, tmp_path, capsys):
+    flags, file = f'--lengths 80,96,130 --depths 3 --trials 2 {CPU}', tmp_path / 'a/ckpt.passkey.csv'
+    assert run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/whole') == 0
+    real, calls = eval_passkey.score, []
+
+    def score(model, prompts, *more):
+        calls.append(len(prompts[0]))
+        if killing and len(prompts[0]) > 100:        # in the third length
+            raise KeyboardInterrupt
+        return real(model, prompts, *more)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(eval_passkey, 'score', score)
+        killing = True
+        with pytest.raises(KeyboardInterrupt):
+            run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/a --resume')           # nothing there: it starts
+        assert [r[0] for r in table(file)[1]] == [80] * 6 + [96] * 6
+        killing, before = False, len(calls)
+        assert run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/a --resume') == 0
+        assert sum(n < 100 for n in calls[before:]) == 6             # one of each depth, to see that it is the same grid
+    assert file.read_text() == (tmp_path / 'whole/ckpt.passkey.csv').read_text()
+    assert run(eval_passkey.main, f'--lengths 150 --depths 3 --trials 2 {CPU} --ckpt {trained} --out {tmp_path}/a --resume') == 0    # more lengths
+    assert [r[0] for r in table(file)[1]] == [n for n in (80, 96, 130, 150) for _ in range(6)]
+    os.rename(file, tmp_path / 'a/head-128.passkey.csv')
+    head, other = f'--ckpt {extended}/head-128.pt', tmp_path / 'a/head-128.passkey.csv'
+    for ckpt, more in (head, ''), (head, '--seed 1'), (head, '--trials 1'), (head, '--depths 4'):
+        refused(capsys, eval_passkey.main, f'{flags} {ckpt} --out {tmp_path}/a --resume', f'{more} : not those of this checkpoint {other}')
+    other.write_text('length,depth\n1,2\n')
+    refused(capsys, eval_passkey.main, f'{flags} {head} --out {tmp_path}/a --resume', f' : no csv of this script {other}')
+
+
 def test_default_lengths_have_room_for_a_prompt(trained, tmp_path):
     assert run(eval_passkey.main, f'--ckpt {trained} --depths 1 --trials 1 --out {tmp_path} {CPU}') == 0
     # half the training length, 32, and the training length, 64, hold none

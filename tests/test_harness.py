@@ -18,7 +18,7 @@ tokenizers = pytest.importorskip('tokenizers')
 
 from data.hf import convert, harness                 # noqa: E402
 from test_hf import build, checkpoint                # noqa: E402
-from test_train import refused, run                  # noqa: E402
+from test_train import run                           # noqa: E402
 
 # the seven tasks of the paper's Table 1 are of these three forms; each here as a task of lm-evaluation-harness on a local file
 TASKS = dict(

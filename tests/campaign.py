@@ -1,0 +1,454 @@
+"""
+A campaign of faults behind results/faults.csv: each is tried many times, at random moments, sizes and places, and every
+time the promise about it is checked. Nothing may be lost, and the user sees one line that says what to do.
+
+    python -m tests.campaign --csv results/faults.csv      # the whole of it; about half an hour on 2 cores
+    python -m tests.campaign --share 0.01                  # the short form, as make test runs it: a hundredth of the tries, one at least
+    python -m tests.campaign --only kill                   # faults whose name holds the word
+"""
+import argparse
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+import numpy as np                                   # noqa: E402
+import torch                                         # noqa: E402
+from tqdm import tqdm                                # noqa: E402
+
+import eval_passkey                                  # noqa: E402
+import extend                                        # noqa: E402
+import train                                         # noqa: E402
+from data import io                                  # noqa: E402
+from data.passkey import prepare as passkey          # noqa: E402
+from data.text import prepare as text                # noqa: E402
+from test_train import CPU, TINY, bits, poison, rows, start, state, wait          # noqa: E402
+
+STEPS, FAULTS = 60, {}
+ROOT = os.path.dirname(train.__file__)
+
+
+def fault(name, tries, *args):
+    """A function (case, rng, folder of its own, *args) -> what the user saw, which raises where the promise does not hold."""
+    def note(f):
+        FAULTS[name] = tries, partial(f, *args)
+        return f
+    return note
+
+
+class Case:
+    """What is shared: a corpus, and runs that nobody disturbed, by their flags and the number of processes."""
+
+    def __init__(self, folder):
+        self.folder, self.straight, self.seconds = folder, {}, {}
+        self.data = f'{folder}/data'
+        corpus(self.data)
+
+    def flags(self, every=4, optimizer='muon', data=None):
+        return f'{TINY} --steps {STEPS} --warmup 5 --eval_every {every} --optimizer {optimizer} --data {data or self.data}'
+
+    def run(self, flags, world=1):
+        """-> the folder of the undisturbed run; self.seconds[folder] is how long it took."""
+        if (flags, world) not in self.straight:
+            out = self.straight[flags, world] = f'{self.folder}/straight-{len(self.straight)}'
+            self.timed(train.main, flags, out, world)
+        return self.straight[flags, world]
+
+    def timed(self, main, flags, out, world=1):
+        if out not in self.seconds:
+            began = time.time()
+            assert wait(start(main, flags, '--out', out, log=f'{out}.log', world=world)) == [0] * world
+            self.seconds[out] = time.time() - began
+        return self.seconds[out]
+
+
+def corpus(folder, tokens=20_000, seed=0):
+    io.write_data(folder, io.get_tokenizer('passkey'), {s: passkey.generate(tokens, 0.5, 6, (seed, i)) for i, s in enumerate(('train', 'val'))}, source='')
+
+
+def one_line(log):
+    """The only line that begins with error:, and no traceback beside it."""
+    said = Path(log).read_text()
+    line, = re.findall('^error: .*', said, re.M)
+    assert 'Traceback' not in said, said
+    return line
+
+
+def goes_on(case, flags, out, world=1):
+    """Resumed to its end, the run is the undisturbed one, bit for bit, its log without a gap or a line twice."""
+    assert wait(start(train.main, flags, '--resume --out', out, log=f'{out}.again', world=world)) == [0] * world, Path(f'{out}.again.0').read_text()
+    straight = case.run(flags, world)
+    assert state(out) == state(straight) and rows(out) == rows(straight)
+    assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
+
+
+def refuses(main, *flags):
+    """A script in this process, that ends with exit code 2 and one line, which is returned."""
+    import contextlib
+    import io as text_io
+    out, err, argv, handlers = text_io.StringIO(), text_io.StringIO(), sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = ['script.py', *' '.join(map(str, flags)).split()]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    lines = [x for x in re.split('[\n\r]', err.getvalue()) if x.startswith('error: ')]
+    assert code == 2 and len(lines) == 1, (code, err.getvalue())
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. a save is all or nothing; results are kept
+
+@fault('kill -9 while training and saving, 1 process', 160, 1)
+@fault('kill -9 of one of 2 processes', 40, 2)
+def kill(world, case, rng, out):
+    flags = case.flags(every=rng.choice((1, 4)))     # 1: much of the time goes into saves
+    seconds = case.seconds[case.run(flags, world)]
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', world=world)
+    time.sleep(rng.uniform(0.1, 1) * seconds)
+    rng.choice(ranks).kill()
+    codes = wait(ranks)
+    assert all(codes) or io.load_checkpoint(out)['step'] == STEPS
+    if io.find_checkpoint(out):
+        io.load_checkpoint(out)                      # the last complete one opens
+    goes_on(case, flags, out, world)
+    return 'goes on with --resume, bit for bit'
+
+
+@fault('kill -9 while tuning temperatures', 20)
+def kill_extend(case, rng, out):
+    flags = f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 128 --steps 20 --batch 4 --grid 1,1.2 --grid_batches 1 --lengths 64,128 --eval_tokens 256 {CPU}'
+    seconds = case.timed(extend.main, flags, f'{case.folder}/extended')
+    ranks = start(extend.main, flags, '--out', out, log=f'{out}.log')
+    time.sleep(rng.uniform(0.2, 1) * seconds)
+    ranks[0].kill()
+    wait(ranks)
+    if os.path.exists(f'{out}/head-128.pt'):
+        io.load_checkpoint(f'{out}/head-128.pt')
+    assert wait(start(extend.main, flags, '--out', out, log=f'{out}.log')) == [0]
+    for name in ('head-128.ppl.csv', 'head-128.entropy.csv'):
+        assert Path(f'{out}/{name}').read_bytes() == Path(f'{case.folder}/extended/{name}').read_bytes()
+    assert bits(dict(io.load_checkpoint(f'{out}/head-128.pt')['model'])) == bits(dict(io.load_checkpoint(f'{case.folder}/extended/head-128.pt')['model']))
+    return 'the same command starts again, the same result'
+
+
+@fault('kill -9 in a passkey grid', 20)
+def kill_grid(case, rng, out):
+    flags = f'--ckpt {case.run(case.flags())} --lengths {",".join(map(str, range(80, 400, 40)))} --depths 5 --trials 4 --resume {CPU}'
+    file = f'{out}/ckpt.passkey.csv'
+    seconds = case.timed(eval_passkey.main, flags, f'{case.folder}/grid')
+    ranks = start(eval_passkey.main, flags, '--out', out, log=f'{out}.log')
+    time.sleep(rng.uniform(0.2, 1) * seconds)
+    ranks[0].kill()
+    wait(ranks)
+    kept = Path(file).read_text() if os.path.exists(file) else ''
+    assert wait(start(eval_passkey.main, flags, '--out', out, log=f'{out}.log')) == [0]
+    assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text() and Path(file).read_text().startswith(kept)
+    return 'goes on with --resume after the last finished length'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. a damaged checkpoint is never used
+
+def damaged(case, out, change):
+    """A run's last checkpoint after change(bytes): refused in one line that offers the one before, or bit-equal."""
+    straight = case.run(case.flags())
+    shutil.copytree(straight, out)
+    good = Path(f'{out}/ckpt.pt').read_bytes()
+    Path(f'{out}/ckpt.pt').write_bytes(change(good))
+    try:
+        if bits(io.load_checkpoint(out)) == bits(io.load_checkpoint(straight)):
+            return 'only padding: what is loaded is bit-equal'
+        raise AssertionError('another checkpoint was loaded')
+    except SystemExit:
+        line = refuses(train.main, case.flags(), '--resume --out', out)
+        assert 'the one before is' in line and f'{out}/ckpt.prev.pt' in line
+        io.load_checkpoint(f'{out}/ckpt.prev.pt')
+        return line
+
+
+@fault('one flipped bit in a checkpoint', 200)
+def flip(case, rng, out):
+    def change(good):
+        at = rng.randrange(len(good))
+        return good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1:]
+    return damaged(case, out, change)
+
+
+@fault('a checkpoint cut short', 200)
+def cut(case, rng, out):
+    return damaged(case, out, lambda good: good[:rng.randrange(len(good))])
+
+
+@fault('no checkpoint of ours: empty, text, an older form, a pickle that runs code', 20)
+def foreign(case, rng, out):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (f'{out}/trapped',)
+    import io as bytes_io
+    what = bytes_io.BytesIO()
+    torch.save(rng.choice(({'model': {}}, {'state_dict': {}, 'iter_num': 3}, Trap(), [1])), what)
+    line = damaged(case, out, lambda good: rng.choice((b'', b'some text\n' * 100, what.getvalue())))
+    assert not os.path.exists(f'{out}/trapped')
+    return line
+
+
+@fault('the checkpoint of another run', 5)
+def another(case, rng, out):
+    other = case.flags(optimizer='adamw').replace('--n_embd 32', '--n_embd 64')
+    shutil.copytree(case.run(other), out)
+    return refuses(train.main, case.flags(), '--resume --out', out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. the disk
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@fault('a full disk in the middle of a run (no file may grow past a random size)', 30)
+def full(case, rng, out):
+    flags = case.flags()
+    size = os.path.getsize(f'{case.run(flags)}/ckpt.pt')
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(limit, rng.randrange(size)))
+    assert wait(ranks) == [2]
+    line = one_line(f'{out}.log.0')
+    io.load_checkpoint(out)
+    goes_on(case, flags, out)
+    return line
+
+
+@fault('a disk with too little room, before the first step', 3)
+def little(case, rng, out):
+    real, shutil.disk_usage = shutil.disk_usage, lambda path: real(path)._replace(free=rng.randrange(1000))
+    try:
+        return refuses(train.main, case.flags(), '--out', out)
+    finally:
+        shutil.disk_usage = real
+
+
+def forbid(out):
+    os.chmod(out, 0o555)
+    if os.geteuid() == 0:                            # whom no mode stops
+        os.seteuid(65534)
+
+
+@fault('the folder becomes read-only', 5)
+def read_only(case, rng, out):
+    flags = case.flags(every=2)
+    case.run(flags)
+    os.chmod(case.folder, 0o755)
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(forbid, out))
+    assert wait(ranks) == [2]
+    os.chmod(out, 0o755)
+    line = one_line(f'{out}.log.0')
+    io.load_checkpoint(out)
+    goes_on(case, flags, out)
+    return line
+
+
+@fault('the folder vanishes', 5)
+def vanish(case, rng, out):
+    flags = case.flags()
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(shutil.rmtree, out))
+    assert wait(ranks) == [2]
+    return one_line(f'{out}.log.0')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. and 5. signals, NaN
+
+@fault('SIGTERM or SIGINT, 1 process', 40, 1)
+@fault('SIGTERM or SIGINT to one of 2 processes', 20, 2)
+def asked_to_stop(world, case, rng, out):
+    flags, number, at = case.flags(), rng.choice((signal.SIGTERM, signal.SIGINT)), rng.randrange(1, STEPS)
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', world=world, step=at, act=partial(signal.raise_signal, number))
+    assert wait(ranks) == [128 + number] * world
+    line, = re.findall('.*: saved at step .*', Path(f'{out}.log.0').read_text())
+    assert io.load_checkpoint(out)['step'] == at     # drawn while the step before was made
+    goes_on(case, flags, out, world)
+    return line
+
+
+@fault('SIGTERM to the launcher (torchrun, 2 processes)', 5)
+def launcher(case, rng, out):
+    flags = case.flags()
+    with open(f'{out}.log', 'w') as log:
+        p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *flags.replace(f'--steps {STEPS}', '--steps 100000 --decay_steps 60').split(), '--out', out],
+                             cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=log, stderr=log)
+    while not io.find_checkpoint(out) and p.poll() is None:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, 1))
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(60) != 0
+    said = Path(f'{out}.log').read_text()
+    line, = re.findall('SIGTERM: saved at step .*', said)
+    last = int(line.split()[4].strip(';').replace(',', ''))
+    assert io.load_checkpoint(out)['step'] == last
+    assert [r['step'] for r in rows(out) if 'loss' in r] == [*range(1, last + 1)]
+    return line
+
+
+@fault('NaN in the loss or the gradient on one of 2 processes', 20)
+def nan(case, rng, out):
+    flags, what, at = case.flags(), rng.choice(('loss', 'gradient')), rng.randrange(5, STEPS)
+    assert wait(start(train.main, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [1, 1]
+    line = one_line(f'{out}.log.0')
+    assert f'step {at + 1}: {what} is not finite' in line and (what == 'gradient' or 'on rank 1' in line)
+    ckpt = io.load_checkpoint(out)
+    assert ckpt['step'] == at // 4 * 4 and all(v.isfinite().all() for v in ckpt['model'].values())
+    goes_on(case, flags, out, 2)
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. data
+
+@fault('data cut short under a running reader', 20)
+def shorter(case, rng, out):
+    corpus(f'{out}.data')
+    size = os.path.getsize(f'{out}.data/train.bin')
+    flags = case.flags(data=f'{out}.data')
+    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 30), act=partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)))
+    assert wait(ranks) == [2]                        # and not by SIGBUS
+    io.load_checkpoint(out)
+    return one_line(f'{out}.log.0')
+
+
+@fault('other data than the checkpoint saw', 5)
+def changed(case, rng, out):
+    corpus(f'{out}.data', seed=rng.randrange(1, 1000))
+    shutil.copytree(case.run(case.flags()), out)
+    return refuses(train.main, case.flags(data=f'{out}.data'), '--resume --out', out)
+
+
+@fault('damaged data: a byte lost, an id outside the vocabulary, another type, no documents, too few tokens', 50)
+def bad_data(case, rng, out):
+    corpus(f'{out}.data', tokens=rng.choice((20_000, 20_000, 20_000, 20_000, 40)))
+    bin, meta = Path(f'{out}.data/train.bin'), Path(f'{out}.data/meta.json')
+    if bin.stat().st_size > 10_000:
+        kind = rng.randrange(4)
+        if kind == 0:
+            bin.write_bytes(bin.read_bytes()[:-rng.randrange(1, 100)])
+        elif kind == 1:
+            ids = np.fromfile(bin, np.uint16)
+            ids[rng.randrange(len(ids))] = rng.randrange(101, 2**16)
+            ids.tofile(bin)
+        elif kind == 2:
+            meta.write_text(meta.read_text().replace('uint16', rng.choice(('uint32', 'uint8', 'float', 'words'))))
+        else:
+            meta.write_text(meta.read_text().replace('"docs"', '"pages"'))
+    return refuses(train.main, case.flags(data=f'{out}.data'), '--out', out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. and 8. two runs in one folder; memory
+
+@fault('a second run in the folder of a living one, and after it was killed', 10)
+def two_runs(case, rng, out):
+    flags = case.flags()
+    ranks = start(train.main, flags.replace(f'--steps {STEPS}', f'--steps 100000 --decay_steps {STEPS}'), '--out', out, log=f'{out}.log')
+    while not io.find_checkpoint(out):
+        time.sleep(0.01)
+    line = refuses(train.main, flags, '--resume --out', out)
+    assert 'another run is writing' in line
+    ranks[0].kill()
+    wait(ranks)
+    if io.load_checkpoint(out)['step'] <= STEPS:
+        goes_on(case, flags, out)                    # a dead one's lock does not block
+    return line
+
+
+@fault('a model, or a length, that does not fit into memory (CPU)', 6)
+def memory(case, rng, out):
+    if rng.random() < 0.5:
+        return refuses(train.main, f'{case.flags()} --micro_batch 100000000 --batch_tokens 6400000000 --min_length 64 --out', out)
+    return refuses(extend.main, f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 15000 --batch 1000000 --lengths 64,128 --eval_tokens 256 {CPU} --out', out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. and 10. command lines, text
+
+@fault('random command lines', 2500)
+def command_lines(case, rng, out):
+    raise NotImplementedError                        # tests/fuzz.py does them all at once
+
+
+@fault('text: empty, one letter, no UTF-8, special tokens, control characters', 50)
+def strange_text(case, rng, out):
+    os.makedirs(f'{out}.text')
+    strange = rng.choice((b'', b'x', b'caf\xe9', b'<|endoftext|>' * 5, b'\0\1\2', '\ufeff\u200b 🙂'.encode(), b'<s> </s>\r\n' * 3, b'one word ' * 200_000))
+    for i, content in enumerate((strange, *[b'Some plain text of a book. ' * rng.randrange(5, 50) for _ in range(5)])):
+        Path(f'{out}.text/{i}.txt').write_bytes(content)
+    argv = f'{out}.text --out {out} --tokenizer bytes --val 0.3'
+    if strange == b'caf\xe9':
+        return refuses(text.main, argv)
+    assert wait(start(text.main, argv, log=f'{out}.log')) == [0], Path(f'{out}.log.0').read_text()
+    docs = [bytes(int(i) for i in d[1:]) for s in ('train', 'val') for d in io.documents(*io.open_data(out, s), s)]
+    assert all(max(d, default=0) < 256 for d in docs)            # no special token inside
+    assert sorted(docs) == sorted(d for f in os.listdir(f'{out}.text') if (d := Path(f'{out}.text/{f}').read_bytes().decode().encode()))
+    return 'stays the text that it is'
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--csv', help='where the table goes')
+    p.add_argument('--share', type=float, default=1.0)
+    p.add_argument('--only', default='')
+    p.add_argument('--seed', type=int, default=0)
+    args = p.parse_args()
+    table, failures, began = [], 0, time.time()
+    with tempfile.TemporaryDirectory() as tmp:
+        case = Case(tmp)
+        for name, (tries, f) in FAULTS.items():
+            if args.only not in name:
+                continue
+            n, seen, survived, at = max(1, round(tries * args.share)), Counter(), 0, time.time()
+            if f.func is command_lines:
+                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 5)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+                print(p.stdout)
+                n = sum(int(x) for x in re.findall(r'(\d+) command lines', p.stdout))
+                survived = n - sum(int(x) for x in re.findall(r'(\d+) failed', p.stdout))
+                seen[f'{sum(int(x) for x in re.findall("([0-9]+) ran", p.stdout))} ran, {sum(int(x) for x in re.findall("([0-9]+) refused", p.stdout))} refused in one line'] = n
+            else:
+                for i in tqdm(range(n), desc=name[:50], dynamic_ncols=True):
+                    rng, out = random.Random(f'{args.seed} {name} {i}'), f'{tmp}/{len(table)}-{i}'
+                    try:
+                        said = f(case, rng, out)
+                        survived += 1
+                        seen[re.sub(r'\d[\d,.]*', 'N', said.replace(out, 'OUT').replace(tmp, 'TMP'))] += 1
+                    except (Exception, SystemExit):
+                        print(f'\n{name}, try {i}:\n{traceback.format_exc()}', flush=True)
+                    finally:
+                        for path in Path(tmp).glob(f'{len(table)}-{i}*'):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            failures += n - survived
+            table.append(dict(fault=name, tries=n, survived=survived, seen=' / '.join(s for s, _ in seen.most_common(3))))
+            print(f'{name}: {survived} of {n}, {time.time() - at:.0f} s', flush=True)
+            if args.csv:
+                io.write_csv(args.csv, table)
+    print(f'{sum(r["survived"] for r in table)} of {sum(r["tries"] for r in table)} survived, {time.time() - began:.0f} s')
+    sys.exit(failures > 0)
+
+
+if __name__ == '__main__':
+    main()
