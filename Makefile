@@ -1,4 +1,5 @@
 # make reproduce [SCALE=toy|tiny]   the headline, from nothing: data, training, extension, evaluation, one table
+# make reproduce SCALE=small        real text on one GPU: TEXT=DIR for your own files, or FineWeb-Edu; SCALE=paper: eight GPUs
 # make table                        three seeds with the ablations; skips what results/tiny.csv already has
 # make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (hours)
 # make test                         the test suite
@@ -22,7 +23,7 @@ VENV = .venv/installed
 endif
 
 reproduce: $(VENV)
-	$(PYTHON) -m results.reproduce --scale $(SCALE)
+	$(PYTHON) -m results.reproduce --scale $(SCALE) $(if $(TEXT),--text $(TEXT))
 
 table: $(VENV)
 	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations

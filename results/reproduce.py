@@ -5,9 +5,12 @@ in one, prints one table and the heat maps. What is there already is not run aga
     python -m results.reproduce --scale tiny                                        # the headline, one seed
     python -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations        # results/tiny.csv, and the figure with --plot
     python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings        # results/tiny-encodings.csv: every encoding, every extension
+    python -m results.reproduce --scale small --text ~/books                        # one GPU, real text; without --text FineWeb-Edu and PG19, downloaded
+    python -m results.reproduce --scale paper                                       # eight GPUs, days
 """
 import glob
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -17,18 +20,12 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
+import torch
+
 from data import io
 from model import ENCODINGS
 from eval_passkey import heat_map
 
-SCALES = dict(
-    # the same path in under a minute, for the tests: nothing is learned
-    toy=dict(L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 ', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
-             target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
-             passkey='--depths 2 --trials 1'),
-    tiny=dict(L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
-              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
-)
 # questions often, for most of the training; rarely, for the rest of it and for the extension; and in longer documents, for measuring past those
 CORPORA = dict(passkey='--retrieval 0.5', passkey_rare='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
 # what rows start from: flags of train.py, the run that it goes on from (if any), the corpus. Each has 3,000 steps in two parts:
@@ -83,19 +80,56 @@ EXTENSIONS = HEADLINE[:3] + [
 ]
 TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=EXTENSIONS)
 
+# real text, small: NoPE, RoPE, and DroPE from the finished RoPE (an eighth of its tokens more)
+SMALL = {'nope': Run('--pe nope --steps {steps}', None, 'text'), 'rope': Run('--pe rope --steps {steps}', None, 'text'), 'drope': Run('--pe nope --lr 1e-3 --steps {eighth} --warmup {warmup}', 'rope', 'text')}
+REAL = [Row(*r, 'text') for r in (
+    ('NoPE', 'nope', None, ''), ('NoPE uniform', 'nope', 'uniform', ''), ('NoPE head', 'nope', 'head', ''), ('NoPE head-log', 'nope', 'head-log', ''),
+    ('RoPE', 'rope', None, ''), ('RoPE YaRN', 'rope', 'yarn', ''), ('DroPE', 'drope', None, ''), ('DroPE uniform', 'drope', 'uniform', ''))]
+# Wang et al. 2024: NoPE and RoPE on 105B tokens, temperatures from the best uniform ones that they name
+PAPER = [Row(*r, 'text') for r in (
+    ('NoPE', 'nope', None, ''), ('NoPE head, 4K', 'nope', 'head', '--length 4096'), ('NoPE head, 8K', 'nope', 'head', '--length 8192 --init 1.6'),
+    ('NoPE head, 18K', 'nope', 'head', '--length 18432 --init 1.7'), ('RoPE', 'rope', None, ''), ('RoPE YaRN, 16K', 'rope', 'yarn', '--length 16384'))]
+TEXT = dict(L=1024, runs=SMALL, rows=REAL, dtype='auto', processes=1, shape='', target=4096, lengths='512,1024,1536,2048,3072,4096,6144,8192,16384')
+TINY = dict(preset='tiny', dtype='fp32', runs=RUNS, corpora=CORPORA, processes=1)
+SCALES = dict(
+    # the same path in under a minute, for the tests: nothing is learned
+    toy=dict(TINY, L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 ', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
+             target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
+             passkey='--depths 2 --trials 1'),
+    tiny=dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
+              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
+    # one GPU, under an hour (an estimate: not run yet)
+    small=dict(TEXT, preset='small', steps=5000, tokenizer='gpt2', tokens=700_000_000, train='', tune='--micro_batch 2', measure='--eval_tokens 131072 --stride 256', passkey='--depths 10 --trials 5'),
+    # its rehearsal on CPU
+    small_toy=dict(TEXT, preset='small', dtype='fp32', steps=16, tokenizer='bytes', tokens=200_000, L=320, shape='--block_size 320 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 ',
+                   train='--batch_tokens 640 --micro_batch 2 --eval_tokens 640', target=640, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1',
+                   lengths='320,640,1280', measure='--eval_tokens 512 --stride 64', passkey='--depths 2 --trials 1'),
+    # eight GPUs: 105B tokens twice, 57 hours each if a GPU makes 64,000 tokens a second (not run yet); then the temperatures, minutes
+    paper=dict(TEXT, preset='tinyllama', processes=8, steps=50_000, tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, rows=PAPER, L=2048, train='', target=8192, tune='--lr 0.1 --micro_batch 1',
+               lengths='1024,2048,4096,8192,16384', measure='--eval_tokens 2097152 --stride 256 --protocol paper', passkey='--depths 10 --trials 10'),
+)
 
-def run(script, flags, threads=None, log=None):
+
+def run(script, flags, threads=None, log=None, processes=1):
     """One command, shown as it would be typed."""
-    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {script} {flags}' + (f' > {log}' if log else ''), flush=True)
-    code = subprocess.call([sys.executable] + shlex.split(f'{script} {flags}'), stdout=open(log, 'a') if log else None,
+    launch = f'-m torch.distributed.run --standalone --nproc_per_node={processes} ' if processes > 1 and script.endswith('.py') else ''
+    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {launch}{script} {flags}' + (f' > {log}' if log else ''), flush=True)
+    code = subprocess.call([sys.executable] + shlex.split(f'{launch}{script} {flags}'), stdout=open(log, 'a') if log else None,
                            env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
     if code:
         sys.exit(code)
 
 
-def train(runs):
-    """{folder: flags}: trains them side by side, each with its share of the cores; the first is seen, the others write to FOLDER.txt."""
+def train(runs, processes=1):
+    """
+    {folder: flags}: trains them side by side, each with its share of the cores; the first is seen, the others write to
+    FOLDER.txt. On GPUs one after the other.
+    """
     cores = os.cpu_count() or 1
+    if processes > 1 or torch.cuda.is_available():
+        for folder, flags in runs.items():
+            run('train.py', f'{flags} --out {folder}', processes=processes)
+        return
     with ThreadPoolExecutor(max(1, min(len(runs), cores))) as pool:
         for folder in runs:
             os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -179,40 +213,57 @@ def main():
     p.add_argument('--table', choices=TABLES, default='headline', help='ablations: and what takes the method apart; encodings: every encoding, every extension')
     p.add_argument('--seeds', type=io.int_list, default=[1])
     p.add_argument('--out', default='out', help='folder for data and runs')
+    p.add_argument('--text', metavar='DIR', help='scales small and paper: train and measure on these text files, one file a document (default: downloaded corpora)')
+    p.add_argument('--tokenizer', help='scales small and paper (default: gpt2, that of TinyLlama)')
     p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length, and in FILE-entropy.png attention entropy of the first seed')
     p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations results/SCALE.csv, encodings results/SCALE-encodings.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
+    if 'corpora' not in SCALES[args.scale] and args.table != 'headline' or 'corpora' in SCALES[args.scale] and (args.text or args.tokenizer):
+        io.fail('--table is for the scales toy and tiny, --text and --tokenizer are for the others')
     if args.plot:
         io.pyplot(args.plot)
     scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
     file = args.csv or dict(headline=f'{out}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    todo = scale.get('rows', todo)                   # real text has one table
     L, target, names = scale['L'], scale['target'], [r.name for r in todo]
-    lengths, measured_on = io.int_list(scale['lengths']), 'passkey_rare'
-    if args.table == 'encodings':                    # up to 16 times, on documents that are as long
-        lengths, measured_on = lengths + [16 * L], 'passkey_long'
+    lengths, dtype, processes = io.int_list(scale['lengths']), scale['dtype'], scale['processes']
+    if 'corpora' in scale:
+        measured_on = 'passkey_rare'
+        corpora = {name: ('passkey', f'--tokens {n} {options}') for (name, options), n in zip(scale['corpora'].items(), scale['tokens'])}
+        if args.table == 'encodings':                # up to 16 times, on documents that are as long
+            lengths, measured_on = lengths + [16 * L], 'passkey_long'
+        corpora = {name: corpora[name] for name in ('passkey', 'passkey_rare', measured_on)}
+    else:
+        tokenizer = f'--tokenizer {args.tokenizer or scale["tokenizer"]}'
+        measured_on = 'text' if args.text else 'pg19'
+        corpora = dict(text=('text', f'{shlex.quote(args.text)} --val 0.05 {tokenizer}')) if args.text else dict(
+            text=('slimpajama_starcoder' if args.scale == 'paper' else 'fineweb_edu', f'--tokens {scale["tokens"]} {tokenizer}'), pg19=('pg19', tokenizer))
     # what makes each row: in the csv too, so that a row which other flags made is made again
-    trained = {name: f'{"" if r.parent else "--preset tiny "}{r.flags} --dtype fp32 {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in RUNS.items()}
-    line = lambda name: (line(RUNS[name].parent) if RUNS[name].parent else []) + [name]          # a run, after those that it goes on from
-    extend = {r.name: f'--method {r.method} --length {target} --dtype fp32 {scale["tune"]} {r.extra}'.strip() for r in todo}
-    then = {r.name: f'{r.then.format(target=target)} --dtype fp32 {scale["train"]}'.strip() for r in todo if r.then}
+    runs, steps = scale['runs'], scale.get('steps', 0)
+    own = {name: r.flags.format(steps=steps, eighth=steps // 8, warmup=steps // 80) for name, r in runs.items()}
+    preset = f'--preset {scale["preset"]} '
+    trained = {name: f'{"" if r.parent else preset}{own[name]} --dtype {dtype} {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in runs.items()}
+    line = lambda name: (line(runs[name].parent) if runs[name].parent else []) + [name]          # a run, after those that it goes on from
+    extend = {r.name: f'--method {r.method} --length {target} --dtype {dtype} {scale["tune"]} {r.extra}'.strip() for r in todo}
+    then = {r.name: f'{r.then.format(target=target)} --dtype {dtype} {scale["train"]}'.strip() for r in todo if r.then}
     flags = {}
     for r in todo:
-        parts = [f'{trained[name]} on {RUNS[name].corpus}' for name in line(r.run)]
+        parts = [f'{trained[name]} on {runs[name].corpus}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
-        flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype fp32 {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
+        flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype {dtype} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
     done = [d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
-    for (corpus, options), tokens in zip(CORPORA.items(), scale['tokens']):
-        if any(missing.values()) and corpus in ('passkey', 'passkey_rare', measured_on) and not os.path.exists(f'{out}/{corpus}/meta.json'):
-            run('-m data.passkey.prepare', f'--out {out}/{corpus} --tokens {tokens} {options}')
+    for corpus, (source, options) in corpora.items():
+        if any(missing.values()) and not os.path.exists(f'{out}/{corpus}/meta.json'):
+            run(f'-m data.{source}.prepare', f'--out {out}/{corpus} {options}')
 
     def measure(ckpt, folder, lengths):
         """{length: (loss, [hits])} of a checkpoint."""
-        common = f'--lengths {",".join(map(str, lengths))} --dtype fp32'
-        run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}')
-        run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
+        common = f'--lengths {",".join(map(str, lengths))} --dtype {dtype}'
+        run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}', processes=processes)
+        run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}', processes=processes)
         ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
         return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
 
@@ -222,8 +273,8 @@ def main():
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
         for generation in zip_longest(*(line(r.run) for r in left)):
-            train({f'{out}/{name}-{seed}': (f'--init_from {out}/{RUNS[name].parent}-{seed} ' if RUNS[name].parent else '')
-                   + f'{trained[name]} --data {out}/{RUNS[name].corpus} --seed {seed} --resume' for name in dict.fromkeys(generation) if name})
+            train({f'{out}/{name}-{seed}': (f'--init_from {out}/{runs[name].parent}-{seed} ' if runs[name].parent else '')
+                   + f'{trained[name]} --data {out}/{runs[name].corpus} --seed {seed} --resume' for name in dict.fromkeys(generation) if name}, processes)
         for r in left:
             began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
             cells = {}
@@ -236,8 +287,8 @@ def main():
                     cells[n] = measure(at, folder, sorted({n, lengths[-1]}))[n]
             else:
                 if r.method:
-                    run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name]} --out {folder} --eval_tokens 0')
-                    ckpt = f'{folder}/{r.method}-{target}.pt'
+                    run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name]} --out {folder} --eval_tokens 0', processes=processes)
+                    ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
                 if r.then:
                     run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{r.corpus} --seed {seed} --resume --out {folder}/on')
                     ckpt = f'{folder}/on'
@@ -245,7 +296,7 @@ def main():
             done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
                           seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
             io.write_csv(file, done)
-    for r in HEADLINE:                               # the first seed's; the others are in the same folders
+    for r in scale.get('rows', HEADLINE):            # the first seed's; the others are in the same folders
         folder = where(out, r.run, args.seeds[0], r.name)
         for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if f.endswith('.passkey.csv'):

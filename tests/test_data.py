@@ -1,9 +1,11 @@
 """What data preparation, batches, checkpoints and a run's folder promise, and what damage to them costs: one line."""
 import errno
+import importlib
 import json
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import namedtuple
@@ -385,6 +387,13 @@ def test_preflight(tmp_path, refused, monkeypatch):
     io.preflight(tmp_path, 10**9)
     with refused('--out', '1.00 GB free', '2.00 GB'):
         io.preflight(tmp_path, 2 * 10**9)
+
+
+def test_a_missing_package_is_named(monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)
+    monkeypatch.delitem(sys.modules, 'data.hf.harness', raising=False)
+    with refused('lm-evaluation-harness', 'pip install lm-eval'):
+        importlib.import_module('data.hf.harness')
 
 
 @pytest.mark.parametrize('trained', [True, False])

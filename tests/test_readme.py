@@ -1,7 +1,9 @@
 """The main job at toy size, as make reproduce runs it, and every command of README and of the scripts' docstrings."""
+import contextlib
 import glob
 import importlib
 import os
+import queue
 import re
 import shlex
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from data import io
-from results import reproduce
+from results import bench, reproduce
 from test_train import run as in_process
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -20,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def commands():
     """Every line of README, and of the scripts' docstrings, that starts one of our scripts: (file, script, flags)."""
-    for file in ('README.md', 'train.py', 'extend.py', 'eval_passkey.py', *sorted(glob.glob('data/*/*.py', root_dir=ROOT)), 'results/reproduce.py'):
+    for file in ('README.md', 'train.py', 'extend.py', 'eval_passkey.py', *sorted(glob.glob('data/*/*.py', root_dir=ROOT)), 'results/reproduce.py', 'results/bench.py'):
         text = open(os.path.join(ROOT, file)).read()
         if '"""' not in text and not file.endswith('.md'):        # an empty __init__.py
             continue
@@ -54,7 +56,7 @@ def test_documented_command_is_accepted(file, script, flags, monkeypatch, tmp_pa
         open(flags.split()[0] + '/config.json', 'w').close()
     if script.endswith('harness'):                   # lm_eval's own command line
         monkeypatch.setattr('lm_eval._cli.run.Run._execute', accept)
-    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write'):
+    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write', 'speed', 'costs'):
         monkeypatch.setattr(module, name, accept, raising=False)
     monkeypatch.setattr(sys, 'argv', [script] + shlex.split(flags))
     with pytest.raises(Accepted):
@@ -112,15 +114,51 @@ def test_reproduce_toy(tmp_path):
     assert {r['flags'] for r in io_rows(file)} == {r['flags'] for r in rows}
 
 
+def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
+    """SCALE=small at rehearsal size: NoPE, RoPE and DroPE on text files, extended and measured; and what SCALE=paper would start."""
+    for i in range(4):
+        (tmp_path / f'text {i}.txt').write_text('\n'.join(f'Chapter {j}. It was a quiet year, and nothing came of it.' for j in range(i, 300)))
+    commands = []
+
+    def script(name, flags, *_, processes=1):
+        commands.append((name, flags, processes))
+        module = importlib.import_module(name.removeprefix('-m ').removesuffix('.py'))
+        monkeypatch.setattr(sys, 'argv', [name, *shlex.split(flags)])
+        with contextlib.suppress(SystemExit):
+            module.main()
+    monkeypatch.setattr(reproduce, 'run', script)
+    monkeypatch.setattr(reproduce, 'train', lambda runs, processes: [script('train.py', f'{flags} --out {folder}', processes=processes) for folder, flags in runs.items()])
+    assert in_process(reproduce.main, f'--scale small_toy --text {tmp_path} --tokenizer bytes --out {tmp_path}/out') == 0
+    said = capsys.readouterr().out
+    assert all(said.count(f'| {r.name} |') == 2 for r in reproduce.REAL) and {p for _, _, p in commands} == {1}
+    drope = io.load_checkpoint(f'{tmp_path}/out/small_toy/drope-1')
+    assert drope['config']['pe'] == 'nope' and drope['step'] == 2 and drope['args']['init_from'].endswith('rope-1')
+    commands.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(reproduce, 'run', lambda *a, **k: commands.append((*a, k.get('processes', 1))))
+    with pytest.raises(TypeError):                   # nothing ran, so there is no checkpoint to open
+        in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper')
+    assert [(c[0], c[-1]) for c in commands] == [('-m data.slimpajama_starcoder.prepare', 1), ('-m data.pg19.prepare', 1)] + [(s, 8) for s in ('train.py', 'train.py', 'extend.py', 'eval_passkey.py')]
+    assert '--preset tinyllama --pe nope --steps 50000' in commands[2][1] and '--protocol paper' in commands[4][1]
+
+
+@pytest.mark.parametrize('what', ['train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy'])
+def test_what_a_step_costs(what):
+    answer = queue.Queue()
+    bench.once(what, 96, 32, 1, answer)
+    seconds, mb = answer.get()
+    assert 0 < seconds < 10 and 0 <= mb < 1000
+
+
 def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     """One row of each kind, in this process: an encoding, a table that ends, each length its own NTK, a search, training on, DroPE."""
-    def script(name, flags, *_):
+    def script(name, flags, *_, processes=1):
         module = importlib.import_module(name.removeprefix('-m ').removesuffix('.py'))
         assert in_process(module.main, flags) == 0, (name, flags)
 
     names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE LongRoPE', 'RoPE PI, trained on', 'DroPE uniform')
     monkeypatch.setattr(reproduce, 'run', script)
-    monkeypatch.setattr(reproduce, 'train', lambda runs: [script('train.py', f'{flags} --out {folder}') for folder, flags in runs.items()])
+    monkeypatch.setattr(reproduce, 'train', lambda runs, _: [script('train.py', f'{flags} --out {folder}') for folder, flags in runs.items()])
     kept = [r._replace(extra='--population 4 --iterations 1') if r.method == 'longrope' else r for r in reproduce.EXTENSIONS if r.name in names]
     monkeypatch.setitem(reproduce.TABLES, 'encodings', kept)
     flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
@@ -165,6 +203,7 @@ def test_unknown_scale_is_one_line():
     assert out.returncode == 2 and out.stderr.startswith('error: SCALE=huge') and out.stderr.count('\n') == 1
 
 
-def test_random_command_lines():
-    out = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', '12'], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+def test_a_small_campaign_of_faults():
+    """A fiftieth of tests/campaign.py, random command lines among it."""
+    out = subprocess.run([sys.executable, '-m', 'tests.campaign', '--share', '0.02'], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert out.returncode == 0 and out.stdout.count(' 0 failed') == 5, out.stdout + out.stderr

@@ -1,0 +1,194 @@
+"""
+Speed of training beside other trainers, and how the cost of each script grows.
+
+    python -m results.bench --nanogpt ~/nanoGPT          # results/speed.csv: a training step of nanoGPT's train.py, of a Hugging Face Llama, of ours
+    python -m results.bench --costs                      # results/costs.csv: seconds and memory by length and by model size
+
+Every contender is a process of its own, in turns, `--rounds` times over; the figure is the median step of a round. All
+train on the same tokens, 16 rows of 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of
+the width has as many as nanoGPT's MLP of 4). nanoGPT runs as it comes, on CPU in fp32. On a GPU add --size tinyllama.
+"""
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import eval_passkey
+import extend
+from data import io
+from model import GPT, GPTConfig
+
+# layers, heads, width
+SIZES = dict(tiny=(4, 4, 128), small=(6, 6, 384), tinyllama=(22, 32, 2048))
+TOKENS, ROWS, T = 4096, 16, 256
+
+HF = '''
+import sys, time, numpy as np, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+file, vocab, layers, heads, width, inner, steps, amp = sys.argv[1], *map(int, sys.argv[2:9])
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=inner, use_cache=False)).to(device)
+opt, data, rng = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), np.fromfile(file, np.uint16), np.random.default_rng(0)
+for step in range(steps):
+    start = time.time()
+    x = torch.from_numpy(np.stack([data[i:i + 256] for i in rng.integers(len(data) - 256, size=16)]).astype(np.int64)).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=bool(amp)):
+        loss = model(input_ids=x, labels=x).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    print(f'loss {loss.item():.3f}, time {1000 * (time.time() - start):.2f}ms', flush=True)
+'''
+
+
+def contenders(args, tmp, size):
+    """{name: (command, folder to run it in, where its log is)} for one size."""
+    layers, heads, width = SIZES[size]
+    inner, steps, vocab = width * 8 // 3 // 8 * 8, args.steps, io.get_tokenizer('passkey').n_vocab
+    out = {}
+    if args.nanogpt:
+        for name, more in {'nanoGPT': '--compile=False', 'nanoGPT, compiled': '--compile=True'}.items():
+            out[name] = (f'{sys.executable} train.py --device={args.device} {more} --dataset=nanonope_bench --out_dir={tmp}/nanogpt --eval_interval=1000000 --eval_iters=1 --log_interval=1 --block_size={T} '
+                         f'--batch_size={ROWS} --gradient_accumulation_steps=1 --n_layer={layers} --n_head={heads} --n_embd={width} --dropout=0.0 --max_iters={steps}', args.nanogpt)
+    try:
+        import transformers                          # noqa: F401 (is it there?)
+        for name, amp in {'Hugging Face Llama, fp32': 0, 'Hugging Face Llama, bf16': 1}.items():
+            out[name] = f'{sys.executable} -c HF {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {steps} {amp}', '.'
+    except ImportError:
+        print('no transformers here: no row for the Hugging Face Llama')
+    ours = (f'{sys.executable} train.py --preset tiny --no-qk_norm --data {tmp}/data --out {tmp}/ours --steps {steps} --warmup 2 --batch_tokens {TOKENS} --micro_batch {ROWS} --min_length {T} --eval_every 1000000 --eval_tokens {T} '
+            f'--log_every 1 --n_layer {layers} --n_head {heads} --n_kv_head {heads} --n_embd {width} --n_inner {inner} --device {args.device} --pe rope')
+    for name, more in {'ours, fp32': '--dtype fp32 --no-compile', 'ours, bf16': '--dtype bf16 --no-compile', 'ours, fp32, compiled': '--dtype fp32 --compile', 'ours, bf16, compiled': '--dtype bf16 --compile',
+                       'ours, fp32, Muon': '--dtype fp32 --no-compile --optimizer muon', 'ours, fp32, NoPE': '--dtype fp32 --no-compile --pe nope'}.items():
+        out[name] = ours + (' ' if 'optimizer' in more else ' --optimizer adamw ') + more, '.'
+    return {k: v for k, v in out.items() if not args.only or k in args.only}
+
+
+def speed(args):
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        subprocess.run([sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000'], check=True)
+        if args.nanogpt:
+            folder = f'{args.nanogpt}/data/nanonope_bench'
+            os.makedirs(folder, exist_ok=True)
+            for split in ('train', 'val'):
+                shutil.copyfile(f'{tmp}/data/{split}.bin', f'{folder}/{split}.bin')
+            with open(f'{folder}/meta.pkl', 'wb') as f:
+                pickle.dump(dict(vocab_size=io.get_tokenizer('passkey').n_vocab), f)
+        for size in args.size:
+            found = {}
+            for k in range(args.rounds):
+                for name, (command, folder) in contenders(args, tmp, size).items():
+                    shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
+                    words = [HF if w == 'HF' else w for w in command.split()]
+                    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+                    if done.returncode:
+                        io.fail(f'{name}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}')
+                    if name.startswith('ours'):
+                        ms = [1000 * TOKENS / r['tok_s'] for r in map(json.loads, open(f'{tmp}/ours/log.jsonl')) if 'tok_s' in r]
+                    else:
+                        ms = [float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)]
+                    found.setdefault(name, []).append(statistics.median(ms[len(ms) // 3:]))      # the first third warms up, or compiles
+                    print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
+            for name, ms in found.items():
+                rows.append(dict(size=size, trainer=name, ms=f'{statistics.median(ms):.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}', rounds=args.rounds, steps=args.steps,
+                                 tok_s=f'{1000 * TOKENS / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else ''))
+            io.write_csv('results/speed.csv', rows)
+    return rows
+
+
+def once(what, length, width, layers, answer):
+    """In a process of its own: seconds and peak memory of one step, prompt or window of one row."""
+    env = io.setup(SimpleNamespace(device='auto', dtype='fp32', seed=0))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=101, block_size=256, n_layer=layers, n_head=4, n_kv_head=4, n_embd=width, n_inner=width, qk_norm=True)).to(env.device)
+    tok, ids = io.get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
+    args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=False, activation_checkpointing=what.endswith('checkpointing'))
+    before = torch.cuda.memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def step():
+        if what == 'train':
+            x = torch.from_numpy(ids[:length + 1].astype(np.int64))[None].to(env.device)
+            model(x[:, :-1], x[:, 1:])[1].backward()
+            opt.step()
+        elif what.startswith('tune'):
+            extend.tune(model, ids, tok.bos, args, env)
+        elif what == 'perplexity':
+            extend.perplexity(model, [ids], tok.bos, [length], 64, 64, env, length)
+        elif what == 'entropy':
+            extend.entropies(model, [ids], length, env, samples=1)
+        else:
+            prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
+            eval_passkey.score(model.eval(), [prompt], [answer], env)
+    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    if what != 'train':
+        model.requires_grad_(False)
+    start, n = time.time(), 0
+    while n < 20 and (n == 0 or time.time() - start < 2):          # the first one is counted where it is long
+        if n == 1:
+            start = time.time()
+        step()
+        n += 1
+    peak = torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    answer.put(((time.time() - start) / max(1, n - 1), (peak - before) / 1e6))
+
+
+def costs(args):
+    rows, spawn = [], multiprocessing.get_context('spawn')
+    whats = dict(train=1, tune=1, tune_checkpointing=1, perplexity=1, passkey=1, entropy=2)
+    grid = [(what, n, 128, 4) for what in whats for n in args.lengths] + [(what, 1024, w, 4) for what in whats for w in (256, 512)]
+    for what, n, width, layers in grid:
+        answer = spawn.Queue()
+        p = spawn.Process(target=once, args=(what, n, width, layers, answer))
+        p.start()
+        seconds, mb = answer.get()
+        p.join()
+        rows.append(dict(what=what, length=n, width=width, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}'))
+        # how it grew from the last one, as the slope in log-log: by length, or where that is the same, by width
+        before = [r for r in rows[:-1] if r['what'] == what and (r['width'] == width and r['length'] < n or r['length'] == n and r['width'] < width)]
+        exponents = ['', '', '']
+        if before:
+            old = before[-1]
+            by = 'length' if old['length'] < n else 'width'
+            grew = math.log(rows[-1][by] / old[by])
+            exponents = [by] + [f'{math.log(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9)) / grew:.2f}' for k in ('seconds', 'mb')]
+        rows[-1].update(zip(('grows_by', 'time_exponent', 'memory_exponent'), exponents))
+        print(rows[-1], flush=True)
+        io.write_csv('results/costs.csv', rows)
+    return rows
+
+
+def main():
+    p = io.parser(__doc__)
+    p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
+    p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
+    p.add_argument('--size', type=lambda text: [SIZES[x] and x for x in text.split(',')], default=['tiny', 'small'], help=f'of {" ".join(SIZES)}')
+    p.add_argument('--only', type=lambda text: text.split(';'), help='contenders by name, separated by ;')
+    p.add_argument('--rounds', type=int, default=3)
+    p.add_argument('--steps', type=int, default=30)
+    p.add_argument('--lengths', type=io.int_list, default=[256, 1024, 4096, 16384])
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    args = p.parse_args()
+    rows = costs(args) if args.costs else speed(args)
+    print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
+    for r in rows:
+        print('| ' + ' | '.join(str(v) for v in r.values()) + ' |')
+
+
+if __name__ == '__main__':
+    main()
