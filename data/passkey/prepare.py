@@ -96,8 +96,8 @@ def main():
         fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
     if args.tokens < 1:
         fail(f'--tokens {args.tokens} must be at least 1')
-    if args.longest < 64:
-        fail(f'--longest {args.longest} must be at least 64')
+    if not 64 <= args.longest <= 2**24:              # a document is made in memory
+        fail(f'--longest {args.longest} must lie between 64 and {2**24}')
     if args.seed < 0:
         fail(f'--seed {args.seed} must not be negative')
     if not 2 <= args.gap <= 1000:
