@@ -23,7 +23,8 @@ VENV = .venv/installed
 endif
 
 reproduce: $(VENV)
-	$(PYTHON) -m results.reproduce --scale $(SCALE) $(if $(TEXT),--text $(TEXT))
+	$(if $(filter small paper,$(SCALE)),$(if $(TEXT),,$(PYTHON) -m pip install -q datasets transformers))
+	$(PYTHON) -m results.reproduce --scale $(SCALE) $(if $(TEXT),--text "$(TEXT)")
 
 table: $(VENV)
 	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations

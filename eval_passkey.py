@@ -9,11 +9,11 @@ template, the grid and the exact-match rule of Wang et al. 2024).
 Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
 greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
 tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
-Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, length by length; --resume goes on. Prompts depend on (seed, length,
+Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (what they are of is in .passkey.json; --resume goes on). Prompts depend on (seed, length,
 depth, trial) only. Nothing is compiled: each length would compile again.
 """
-import math
 import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def main():
     p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
     p.add_argument('--depths', type=int, default=10, help='parts of the length in which the key is told (paper 10)')
     p.add_argument('--trials', type=int, default=10, help='keys for each length and depth (paper 10)')
-    p.add_argument('--resume', action='store_true', help='keep the lengths that the csv holds already')
+    p.add_argument('--resume', action='store_true', help='go on with the csv that is there')
     p.add_argument('--decode', action='store_true', help='decode the answers token by token through the KV cache')
     p.add_argument('--plot', metavar='FILE.png', help='also draw the heat map')
     p.add_argument('--batch_tokens', type=int, default=2**14, help='tokens in one forward pass')
@@ -138,37 +138,38 @@ def main():
         scores = score(model, [m[0] for m in made], [m[1] for m in made], env, args.decode)
         return [dict(zip(COLUMNS, (length, d / args.depths, t, m[2], *s))) for (d, t), m, s in zip(cells, made, scores)]
 
-    try:
-        rows = [{c: (float if c in ('depth', 'logprob') else int)(r[c]) for c in COLUMNS} for r in (io.read_csv(file) if args.resume else ())]
-    except (KeyError, TypeError, ValueError):
-        io.fail(f'{file} is no csv of this script: leave out --resume, or choose another --out')
-    done = sorted({r['length'] for r in rows})
-    near = 1e-4 if env.dtype == 'fp32' else 0.05     # another batch rounds differently
-    for length in done:                              # of this checkpoint, and of these flags? The first key of each depth tells
-        have = {(r['depth'], r['trial']): r for r in rows if r['length'] == length}
-        again = [measure(length, [(d, 0)])[0] for d in range(args.depths)]
-        if len(have) != args.depths * args.trials or not all(
-                (old := have.get((r['depth'], 0))) and old['position'] == r['position'] and math.isclose(old['logprob'], r['logprob'], rel_tol=near, abs_tol=near) for r in again):
-            io.fail(f'{file}: its prompts of {length} tokens are not those of this checkpoint and these flags: leave out --resume, or choose another --out')
-    if done:
-        env.print(f'{file} has {", ".join(map(str, done))} tokens already')
-    lengths = [n for n in lengths if n not in done]
-    with tqdm(total=len(lengths) * args.depths * args.trials, unit='prompt', disable=not env.master, dynamic_ncols=True) as bar:
-        for length in lengths:
-            cells = [(d, t) for t in range(args.trials) for d in range(args.depths)]
-            mine, size = cells[env.rank::env.world], max(1, args.batch_tokens // length)
-            part = []
-            for i in range(0, len(mine), size):
-                part += measure(length, mine[i:i + size])
-                bar.update(len(mine[i:i + size]) * env.world)
-                bar.set_postfix_str(f'length {length}, accuracy {np.mean([r["accuracy"] for r in part]):.0%}')
-            parts = [part]
-            if env.world > 1:
-                parts = [None] * env.world
-                dist.all_gather_object(parts, part)
-            rows = sorted(rows + [r for part in parts for r in part], key=lambda r: (r['length'], r['depth'], r['trial']))
-            if env.master:                           # every finished length is safe
-                io.write_csv(file, rows)
+    # what the rows of the csv are of: --resume adds to them only if it is the same
+    note, rows = f'{out}/{io.stem(args.ckpt)}.passkey.json', []
+    made_by = dict(checkpoint=io.fingerprint(args.ckpt), seed=args.seed, depths=args.depths, trials=args.trials, dtype=env.dtype, decode=args.decode)
+    if args.resume and env.master and os.path.exists(file):
+        if io.read_json(note) != made_by:
+            io.fail(f'{file} is of another checkpoint or other flags: leave out --resume, or choose another --out')
+        rows = [{c: (float if c in ('depth', 'logprob') else int)(r[c]) for c in COLUMNS} for r in io.read_csv(file)]
+        print(f'{file} has {len(rows)} prompts already')
+    elif env.master:
+        with suppress(FileNotFoundError):            # rows of other flags must not stand beside the new note
+            os.remove(file)
+        io.write_json(note, made_by)
+    if env.world > 1:                                # each process must leave out the same
+        shared = [rows]
+        dist.broadcast_object_list(shared)
+        rows = shared[0]
+    done = {(r['length'], r['depth'], r['trial']) for r in rows}
+    todo = {n: [(d, t) for t in range(args.trials) for d in range(args.depths) if (n, d / args.depths, t) not in done] for n in lengths}
+    with tqdm(total=sum(map(len, todo.values())), unit='prompt', disable=not env.master, dynamic_ncols=True) as bar:
+        for length, cells in todo.items():
+            size = env.world * max(1, args.batch_tokens // length)
+            for i in range(0, len(cells), size):
+                mine = cells[i:i + size][env.rank::env.world]
+                parts = [measure(length, mine) if mine else []]
+                if env.world > 1:
+                    parts *= env.world
+                    dist.all_gather_object(parts, parts[env.rank])
+                rows += [r for part in parts for r in part]
+                if env.master:                       # every finished batch is safe
+                    io.write_csv(file, sorted(rows, key=lambda r: (r['length'], r['depth'], r['trial'])))
+                bar.update(len(cells[i:i + size]))
+                bar.set_postfix_str(f'length {length}, accuracy {np.mean([r["accuracy"] for r in rows if r["length"] == length]):.0%}')
     env.print(f'\npasskey accuracy of {args.ckpt}, {args.trials} prompts a cell, seed {args.seed}' + (', decoded' if args.decode else ''))
     env.print(heat_map(rows, L))
     env.print(file)

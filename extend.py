@@ -23,7 +23,7 @@ for RoPE, by slower rotation, without training (fine-tune with train.py --init_f
 Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and for it
   .ppl.csv      perplexity by length, over the same tokens of val.bin at every length: those past the longest one. Each
                 window has exactly the length named and scores its last `stride` tokens, so that a scored token sees
-                length - stride to length - 1 tokens before it
+                length - stride to length - 1 tokens before it (.paper.ppl.csv with --protocol paper: other tokens)
   .entropy.csv  mean attention entropy in nats (eq. 2) of each head in 32 bands of positions, at the longest length
 """
 import argparse
@@ -74,7 +74,8 @@ def windows(docs, longest, stride, tokens):
 def paper_windows(docs, length, stride, tokens):
     """
     The same by the rule of Wang et al. (their run_ppl.py): document after document, a window that ends at `length`, at
-    length + stride, and so on as long as it lies inside. So each length has tokens, and maybe documents, of its own.
+    length + stride, and so on as long as it lies inside. So each length has tokens, and maybe documents, of its own. (With
+    8 GPUs their 16 workers share the budget, so that they stop after 512 windows in a document; here it is read whole.)
     """
     out = list(islice(((d, e) for d in docs for e in range(length, len(d), stride)), math.ceil(tokens / stride)))
     if not out:
@@ -469,7 +470,7 @@ def main():
             results[name] = evaluate(model, docs, meta['bos'], lengths, args, env)
             for what, rows in zip(('ppl', 'entropy'), results[name]):
                 if env.master:
-                    io.write_csv(f'{out}/{name}.{what}.csv', rows)
+                    io.write_csv(f'{out}/{name}{".paper" if (what, args.protocol) == ("ppl", "paper") else ""}.{what}.csv', rows)
 
     measure(io.stem(args.ckpt))
     if args.method != 'none':

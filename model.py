@@ -272,7 +272,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens). temperature divides the final logits; 0 takes the likeliest token."""
+        """
+        idx (B, T) -> (B, T + max_new_tokens). temperature divides the final logits; 0 takes the likeliest token.
+        ValueError where idx holds no token: begin with BOS.
+        """
+        if idx.size(1) == 0:
+            raise ValueError('generate goes on from at least one token: begin with BOS')
         cache, new = KVCache(), idx
         for _ in range(max_new_tokens):
             logits = self(new, rows=slice(-1, None), cache=cache)[0][:, -1].float()      # (B, V)

@@ -87,7 +87,7 @@ def get_args():
     if args.preset is None:
         args.preset = io.load_checkpoint(args.init_from)['args']['preset'] if args.init_from else 'tiny'
     for name, value in RECIPES[args.preset].items():
-        if name not in given and not (name == 'min_length' and args.init_from):
+        if name not in given and not (name in ('min_length', 'decay_steps') and args.init_from):
             setattr(args, name, value)
     if args.decay_steps is None:
         args.decay_steps = args.steps
@@ -226,7 +226,7 @@ def main():
         if len(set(where)) > 1:
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
     io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
-                 io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' else 0)
+                 io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' and not ckpt else 0)
     held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
     model.activation_checkpointing = args.activation_checkpointing
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
@@ -320,7 +320,7 @@ def main():
         # DDP goes first: were it the last to hold the process group, it would wait for gloo's thread, which may be waiting for the GIL
         nonlocal model
         model = None
-        io.finish()
+        io.finish(code)
         sys.exit(code)
 
     x, y = next_batch(step)
@@ -362,8 +362,18 @@ def main():
             dist.all_gather(ranks, status)
         ranks = torch.stack(ranks).cpu()             # (world, 3)
         if not ranks[:, :2].isfinite().all():
-            bad = [r for r in range(env.world) if not ranks[r, 0].isfinite()]
-            print0(f'error: step {step + 1}: {"loss" if bad else "gradient"} is not finite' + (f' on rank {bad[0]}' if bad else '')
+            what, bad = 'loss', [r for r in range(env.world) if not ranks[r, 0].isfinite()]
+            if not bad:                              # the sum over ranks hides whose gradient it was: each makes its own again
+                what, own = 'gradient', torch.zeros(env.world, device=env.device)
+                raw.zero_grad()
+                for a, b in zip(*next_batch(step)):
+                    with env.autocast():
+                        raw(a, b)[1].backward()
+                own[env.rank] = not torch.stack([p.grad.isfinite().all() for p in raw.parameters() if p.grad is not None]).all()
+                if env.world > 1:
+                    dist.all_reduce(own)
+                bad = own.nonzero().flatten().tolist()
+            print0(f'error: step {step + 1}: {what} is not finite' + (f' on rank {bad[0]}' if bad else '')
                    + f' (batch of seed {args.seed}, step {step}); no weight was changed, the last good checkpoint is {args.out}/ckpt.pt'
                    f' at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
             leave(1)

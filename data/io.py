@@ -24,9 +24,13 @@ from model import GPT, GPTConfig
 
 
 def fail(message, everywhere=False):
-    """Ends the program with one line and exit code 2; under torchrun one process of each node speaks, where not each sees its own fault."""
+    """
+    Ends the program with one line and exit code 2. Under torchrun all processes find the same fault, so one of each node
+    speaks; everywhere: only this one may have found it, so it speaks whichever it is.
+    """
     if everywhere or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
+    finish(2)
     sys.exit(2)
 
 
@@ -111,19 +115,25 @@ def pick_dtype(asked, kind):
     return 'fp32', f'{unit} has no bf16 arithmetic'
 
 
-def finish():
+def finish(code=0):
+    """Where there are other processes, this one ends here: threads that gloo leaves behind may abort it on the long way out."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if not code:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizers
 
 class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text, n_vocab, bos (the id that begins a document, or None), name."""
+    """encode(text) -> ids, decode(ids) -> text, n_vocab, bos (the id that begins a document, or None), eos (that ends one), name."""
 
-    def __init__(self, name, n_vocab, bos, encode, decode):
+    def __init__(self, name, n_vocab, bos, encode, decode, eos=None):
         self.name, self.n_vocab, self.bos, self.encode, self.decode = name, n_vocab, bos, encode, decode
+        self.eos = bos if eos is None else eos
 
 
 def get_tokenizer(name):
@@ -158,7 +168,7 @@ def get_tokenizer(name):
         except (OSError, ValueError) as e:
             fail(f'tokenizer {name}: {str(e).splitlines()[0]}')
         bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
-        return Tokenizer(name, len(tok), bos, lambda s: tok.encode(s, add_special_tokens=False, split_special_tokens=True), tok.decode)
+        return Tokenizer(name, len(tok), bos, lambda s: tok.encode(s, add_special_tokens=False, split_special_tokens=True), tok.decode, tok.eos_token_id)
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         fail(f'tokenizer {name!r} is unknown: bytes, passkey, hf:DIR or one of {" ".join(tiktoken.list_encoding_names())}')
@@ -173,11 +183,15 @@ def get_tokenizer(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # data: DIR holds train.bin, val.bin (flat token ids) and meta.json
 
+DOCS_LISTED = 2**20
+
+
 def write_data(out, tokenizer, splits, source):
     """
     Writes DIR/{train,val}.bin and meta.json, each under a temporary name first and meta.json last.
     splits: {'train': documents, 'val': documents}, each an iterable of arrays of ids, written one by one with
-    tokenizer.bos in front of each. Returns the meta, in which `docs` lists where each document begins.
+    tokenizer.bos in front of each. Returns the meta, in which `docs` lists where each document begins, or is
+    None where they are too many for a list: each begins with BOS, which no text holds.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name, source=source)
@@ -185,16 +199,17 @@ def write_data(out, tokenizer, splits, source):
     try:
         os.makedirs(out, exist_ok=True)
         for split, docs in splits.items():
-            starts, n, sha = [], 0, hashlib.sha256()
+            starts, n, n_docs, longest, sha = [], 0, 0, 0, hashlib.sha256()
             with open(f'{out}/.{split}.bin.tmp', 'wb') as f:
                 for ids in docs:
                     head = [] if tokenizer.bos is None else [tokenizer.bos]
                     ids = np.concatenate((np.array(head, dtype), np.asarray(ids, dtype)))
-                    starts.append(n)
-                    n += len(ids)
+                    if n_docs < DOCS_LISTED or tokenizer.bos is None:
+                        starts.append(n)
+                    n, n_docs, longest = n + len(ids), n_docs + 1, max(longest, len(ids))
                     sha.update(ids.tobytes())
                     f.write(ids.tobytes())
-            meta[split] = dict(tokens=n, sha256=sha.hexdigest(), docs=starts)
+            meta[split] = dict(tokens=n, sha256=sha.hexdigest(), n_docs=n_docs, longest=longest, docs=starts if len(starts) == n_docs else None)
         with open(f'{out}/.meta.json.tmp', 'w') as f:
             json.dump(meta, f)
         for file in files:
@@ -216,7 +231,10 @@ class Tokens:
 
     def __init__(self, file, dtype, start, stop, fd=None):
         self.file, self.dtype, self.start, self.stop = file, dtype, start, stop
-        self.fd = os.open(file, os.O_RDONLY) if fd is None else fd
+        try:
+            self.fd = os.open(file, os.O_RDONLY) if fd is None else fd
+        except OSError as e:
+            fail(f'{file} cannot be opened ({e.strerror})')
 
     def __len__(self):
         return self.stop - self.start
@@ -229,7 +247,10 @@ class Tokens:
 
     def __array__(self, dtype=None, copy=None):
         size = len(self) * self.dtype.itemsize
-        read = os.pread(self.fd, size, self.start * self.dtype.itemsize)
+        try:
+            read = os.pread(self.fd, size, self.start * self.dtype.itemsize)
+        except OSError as e:
+            fail(f'{self.file} cannot be read ({e.strerror}); what was saved before is intact', everywhere=True)
         if len(read) < size:
             fail(f'{self.file} has become shorter since it was opened: prepare the data again; what was saved before is intact', everywhere=True)
         return np.frombuffer(read, self.dtype).astype(dtype or self.dtype)
@@ -269,7 +290,10 @@ def open_data(path, split):
 
 def documents(data, meta, split):
     """The documents of a split, in order, as slices (each with its BOS)."""
-    starts = meta[split]['docs'] + [len(data)]
+    starts = meta[split]['docs']
+    if starts is None:
+        starts = [i + int(j) for i in range(0, len(data), 2**24) for j in np.flatnonzero(np.asarray(data[i:i + 2**24]) == meta['bos'])]
+    starts = starts + [len(data)]
     return [data[a:b] for a, b in zip(starts, starts[1:])]
 
 
@@ -353,6 +377,12 @@ def load_checkpoint(path):
     return ckpt
 
 
+def fingerprint(path):
+    """Of a checkpoint's contents: the checksums that its file carries."""
+    with zipfile.ZipFile(find_checkpoint(path)) as z:
+        return hashlib.sha256(str([(i.filename.partition('/')[2], i.CRC) for i in z.infolist()]).encode()).hexdigest()
+
+
 def load_model(ckpt, **override):
     """The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit."""
     try:
@@ -379,13 +409,13 @@ def check_fits(config, meta, data_path, lengths=()):
 
 def memory(model, tokens, trained, args, env):
     """
-    Bytes that a CPU needs at the least beside the weights: where they are `trained`, their gradients and AdamW's two
-    moments; and what each block keeps of `tokens` tokens for the backward pass, or with activation checkpointing, what enters it.
+    Bytes that a CPU needs at the least beside the weights: where they are `trained`, their gradients and the
+    moments of the optimizer; and what each block keeps of `tokens` tokens for the backward pass, or with activation checkpointing, what enters it.
     """
     c, n, at = model.config, sum(p.numel() for p in model.parameters()), 2 if env.dtype == 'bf16' else 4
     C, kv, inner = c.n_embd, c.n_kv_head * c.n_embd // c.n_head, c.n_inner
     kept = 5 * C + 2 * kv + 3 * inner + (3 * C + kv + inner) * trained           # a token's norms, q, k, v, attention, SwiGLU
-    return 12 * n * trained + at * tokens * (kept + c.n_layer * C if args.activation_checkpointing else kept * c.n_layer)
+    return (12 if trained and args.optimizer == 'adamw' else 8 * trained) * n + at * tokens * (kept + c.n_layer * C if args.activation_checkpointing else kept * c.n_layer)
 
 
 def preflight(out, need_bytes, need_memory=0):
@@ -438,12 +468,23 @@ def pyplot(file):
 
 
 def write_csv(file, rows):
-    """rows: dicts with the same keys. Whole or not at all, and one line if it cannot be written."""
+    """rows: dicts with the same keys."""
+    def write(f):
+        w = csv.DictWriter(f, rows[0])
+        w.writeheader()
+        w.writerows(rows)
+    write_result(file, write)
+
+
+def write_json(file, value):
+    write_result(file, lambda f: json.dump(value, f))
+
+
+def write_result(file, write):
+    """write(f) fills it; whole or not at all, and one line if it cannot be written."""
     try:
         with open(f'{file}.tmp', 'w', newline='') as f:
-            w = csv.DictWriter(f, rows[0])
-            w.writeheader()
-            w.writerows(rows)
+            write(f)
         os.replace(f'{file}.tmp', file)
     except OSError as e:
         with suppress(OSError):
@@ -457,6 +498,15 @@ def read_csv(file):
         return []
     with open(file, newline='') as f:
         return list(csv.DictReader(f))
+
+
+def read_json(file):
+    """-> its value, or None if there is no such file or it is damaged."""
+    try:
+        with open(file) as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return None
 
 
 def int_list(text):

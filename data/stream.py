@@ -193,6 +193,6 @@ def prepare(args, corpora):
         pool.shutdown(cancel_futures=True)
     shutil.rmtree(f'{args.out}/.shards')
     for split in splits:
-        n, docs = meta[split]['tokens'], meta[split]['docs']
-        print(f'{args.out}/{split}.bin: {n:,} tokens, {len(docs):,} documents, the longest {np.diff(docs + [n]).max(initial=0):,} tokens'
+        n = meta[split]['tokens']
+        print(f'{args.out}/{split}.bin: {n:,} tokens, {meta[split]["n_docs"]:,} documents, the longest {meta[split]["longest"]:,} tokens'
               + ''.join(f', {size[split] / n:.4%} {name}' for name, size in sizes.items() if len(sizes) > 1))

@@ -38,8 +38,7 @@ TOKENS, ROWS, T = 4096, 16, 256
 HF = '''
 import sys, time, numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-file, vocab, layers, heads, width, inner, steps, amp = sys.argv[1], *map(int, sys.argv[2:9])
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
+device, file, vocab, layers, heads, width, inner, steps, amp = *sys.argv[1:3], *map(int, sys.argv[3:])
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=inner, use_cache=False)).to(device)
 opt, data, rng = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), np.fromfile(file, np.uint16), np.random.default_rng(0)
@@ -68,7 +67,7 @@ def contenders(args, tmp, size):
     try:
         import transformers                          # noqa: F401 (is it there?)
         for name, amp in {'Hugging Face Llama, fp32': 0, 'Hugging Face Llama, bf16': 1}.items():
-            out[name] = f'{sys.executable} -c HF {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {steps} {amp}', '.'
+            out[name] = f'{sys.executable} -c HF {args.device} {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {steps} {amp}', '.'
     except ImportError:
         print('no transformers here: no row for the Hugging Face Llama')
     ours = (f'{sys.executable} train.py --preset tiny --no-qk_norm --data {tmp}/data --out {tmp}/ours --steps {steps} --warmup 2 --batch_tokens {TOKENS} --micro_batch {ROWS} --min_length {T} --eval_every 1000000 --eval_tokens {T} '
@@ -76,7 +75,7 @@ def contenders(args, tmp, size):
     for name, more in {'ours, fp32': '--dtype fp32 --no-compile', 'ours, bf16': '--dtype bf16 --no-compile', 'ours, fp32, compiled': '--dtype fp32 --compile', 'ours, bf16, compiled': '--dtype bf16 --compile',
                        'ours, fp32, Muon': '--dtype fp32 --no-compile --optimizer muon', 'ours, fp32, NoPE': '--dtype fp32 --no-compile --pe nope'}.items():
         out[name] = ours + (' ' if 'optimizer' in more else ' --optimizer adamw ') + more, '.'
-    return {k: v for k, v in out.items() if not args.only or k in args.only}
+    return out
 
 
 def speed(args):
@@ -135,6 +134,7 @@ def once(what, length, width, layers, answer):
         else:
             prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
             eval_passkey.score(model.eval(), [prompt], [answer], env)
+    wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     if what != 'train':
         model.requires_grad_(False)
@@ -143,6 +143,7 @@ def once(what, length, width, layers, answer):
         if n == 1:
             start = time.time()
         step()
+        wait()
         n += 1
     peak = torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer.put(((time.time() - start) / max(1, n - 1), (peak - before) / 1e6))
@@ -156,6 +157,11 @@ def costs(args):
         answer = spawn.Queue()
         p = spawn.Process(target=once, args=(what, n, width, layers, answer))
         p.start()
+        while p.is_alive() and answer.empty():
+            time.sleep(0.1)
+        if answer.empty():
+            print(f'{what} at {n}, width {width}: ended without an answer (out of memory?)', flush=True)
+            continue
         seconds, mb = answer.get()
         p.join()
         rows.append(dict(what=what, length=n, width=width, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}'))
@@ -177,13 +183,14 @@ def main():
     p = io.parser(__doc__)
     p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
     p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
-    p.add_argument('--size', type=lambda text: [SIZES[x] and x for x in text.split(',')], default=['tiny', 'small'], help=f'of {" ".join(SIZES)}')
-    p.add_argument('--only', type=lambda text: text.split(';'), help='contenders by name, separated by ;')
+    p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--steps', type=int, default=30)
     p.add_argument('--lengths', type=io.int_list, default=[256, 1024, 4096, 16384])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = p.parse_args()
+    if args.rounds < 1 or args.steps < 3:
+        io.fail('--rounds must be at least 1, --steps at least 3')
     rows = costs(args) if args.costs else speed(args)
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
     for r in rows:

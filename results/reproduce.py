@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -214,18 +215,21 @@ def main():
     p.add_argument('--seeds', type=io.int_list, default=[1])
     p.add_argument('--out', default='out', help='folder for data and runs')
     p.add_argument('--text', metavar='DIR', help='scales small and paper: train and measure on these text files, one file a document (default: downloaded corpora)')
-    p.add_argument('--tokenizer', help='scales small and paper (default: gpt2, that of TinyLlama)')
+    p.add_argument('--tokenizer', help='of that text (default: gpt2; for paper hf:TinyLlama-NoPE-1.1B)')
     p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length, and in FILE-entropy.png attention entropy of the first seed')
     p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations results/SCALE.csv, encodings results/SCALE-encodings.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
+    if SCALES[args.scale]['dtype'] == 'auto' and torch.cuda.device_count() < SCALES[args.scale]['processes']:
+        io.fail(f'SCALE={args.scale} takes {SCALES[args.scale]["processes"]} GPU of this machine, which has {torch.cuda.device_count()}; SCALE=tiny needs none')
     if 'corpora' not in SCALES[args.scale] and args.table != 'headline' or 'corpora' in SCALES[args.scale] and (args.text or args.tokenizer):
         io.fail('--table is for the scales toy and tiny, --text and --tokenizer are for the others')
     if args.plot:
         io.pyplot(args.plot)
     scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
     file = args.csv or dict(headline=f'{out}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    io.preflight(os.path.dirname(file) or '.', 0)
     todo = scale.get('rows', todo)                   # real text has one table
     L, target, names = scale['L'], scale['target'], [r.name for r in todo]
     lengths, dtype, processes = io.int_list(scale['lengths']), scale['dtype'], scale['processes']
@@ -240,6 +244,9 @@ def main():
         measured_on = 'text' if args.text else 'pg19'
         corpora = dict(text=('text', f'{shlex.quote(args.text)} --val 0.05 {tokenizer}')) if args.text else dict(
             text=('slimpajama_starcoder' if args.scale == 'paper' else 'fineweb_edu', f'--tokens {scale["tokens"]} {tokenizer}'), pg19=('pg19', tokenizer))
+    # the synthetic corpora are known by their names; what a text is, the folder's name and the csv must tell
+    folder_of = {name: name if 'corpora' in scale else f'{name}-{zlib.crc32(repr(command).encode()):08x}' for name, command in corpora.items()}
+    known = {name: name if 'corpora' in scale else ' '.join(command) for name, command in corpora.items()}
     # what makes each row: in the csv too, so that a row which other flags made is made again
     runs, steps = scale['runs'], scale.get('steps', 0)
     own = {name: r.flags.format(steps=steps, eighth=steps // 8, warmup=steps // 80) for name, r in runs.items()}
@@ -250,21 +257,25 @@ def main():
     then = {r.name: f'{r.then.format(target=target)} --dtype {dtype} {scale["train"]}'.strip() for r in todo if r.then}
     flags = {}
     for r in todo:
-        parts = [f'{trained[name]} on {runs[name].corpus}' for name in line(r.run)]
+        parts = [f'{trained[name]} on {known.get(runs[name].corpus, runs[name].corpus)}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
-        flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype {dtype} {scale["measure"]} {scale["passkey"]}' + f' on {measured_on}' * (measured_on != 'passkey_rare')])
+        flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype {dtype} {scale["measure"]} {scale["passkey"]}' + f' on {known[measured_on]}' * (measured_on != 'passkey_rare')])
     done = [d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     for corpus, (source, options) in corpora.items():
-        if any(missing.values()) and not os.path.exists(f'{out}/{corpus}/meta.json'):
-            run(f'-m data.{source}.prepare', f'--out {out}/{corpus} {options}')
+        if any(missing.values()) and not os.path.exists(f'{out}/{folder_of[corpus]}/meta.json'):
+            run(f'-m data.{source}.prepare', f'--out {out}/{folder_of[corpus]} {options}')
+    if any(missing.values()):                        # known before the hours
+        longest, need = max(map(len, io.documents(*io.open_data(f'{out}/{folder_of[measured_on]}', 'val'), 'val'))), max(lengths) + 256
+        if longest < need:
+            io.fail(f'{out}/{folder_of[measured_on]}/val.bin: its longest document has {longest:,} tokens, the longest length takes {need:,}: give longer texts')
 
     def measure(ckpt, folder, lengths):
         """{length: (loss, [hits])} of a checkpoint."""
         common = f'--lengths {",".join(map(str, lengths))} --dtype {dtype}'
-        run('extend.py', f'--ckpt {ckpt} --data {out}/{measured_on} --method none {common} --out {folder} {scale["measure"]}', processes=processes)
+        run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[measured_on]} --method none {common} --out {folder} {scale["measure"]}', processes=processes)
         run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}', processes=processes)
-        ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('ppl', 'passkey'))
+        ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('paper.ppl' if 'paper' in scale['measure'] else 'ppl', 'passkey'))
         return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
 
     for seed in args.seeds:
@@ -274,7 +285,7 @@ def main():
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
         for generation in zip_longest(*(line(r.run) for r in left)):
             train({f'{out}/{name}-{seed}': (f'--init_from {out}/{runs[name].parent}-{seed} ' if runs[name].parent else '')
-                   + f'{trained[name]} --data {out}/{runs[name].corpus} --seed {seed} --resume' for name in dict.fromkeys(generation) if name}, processes)
+                   + f'{trained[name]} --data {out}/{folder_of[runs[name].corpus]} --seed {seed} --resume' for name in dict.fromkeys(generation) if name}, processes)
         for r in left:
             began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
             cells = {}
@@ -282,15 +293,15 @@ def main():
                 for n in lengths:
                     at = ckpt
                     if n > L:
-                        run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
+                        run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
                         at = f'{folder}/ntk-{n}.pt'
                     cells[n] = measure(at, folder, sorted({n, lengths[-1]}))[n]
             else:
                 if r.method:
-                    run('extend.py', f'--ckpt {ckpt} --data {out}/{r.corpus} {extend[r.name]} --out {folder} --eval_tokens 0', processes=processes)
+                    run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0', processes=processes)
                     ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
                 if r.then:
-                    run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{r.corpus} --seed {seed} --resume --out {folder}/on')
+                    run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{folder_of[r.corpus]} --seed {seed} --resume --out {folder}/on')
                     ckpt = f'{folder}/on'
                 cells = measure(ckpt, folder, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
             done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),

@@ -3,7 +3,7 @@ A campaign of faults behind results/faults.csv: each is tried many times, at ran
 time the promise about it is checked. Nothing may be lost, and the user sees one line that says what to do.
 
     python -m tests.campaign --csv results/faults.csv      # the whole of it; about half an hour on 2 cores
-    python -m tests.campaign --share 0.01                  # the short form, as make test runs it: a hundredth of the tries, one at least
+    python -m tests.campaign --share 0.02                  # the short form, as make test runs it: a fiftieth of the tries, one at least
     python -m tests.campaign --only kill                   # faults whose name holds the word
 """
 import argparse
@@ -289,7 +289,7 @@ def asked_to_stop(world, case, rng, out):
     return line
 
 
-@fault('SIGTERM to the launcher (torchrun, 2 processes)', 5)
+@fault('SIGTERM or SIGINT to the launcher (torchrun, 2 processes)', 6)
 def launcher(case, rng, out):
     flags = case.flags()
     with open(f'{out}.log', 'w') as log:
@@ -298,22 +298,22 @@ def launcher(case, rng, out):
     while not io.find_checkpoint(out) and p.poll() is None:
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 1))
-    p.send_signal(signal.SIGTERM)
+    p.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT)))
     assert p.wait(60) != 0
     said = Path(f'{out}.log').read_text()
-    line, = re.findall('SIGTERM: saved at step .*', said)
+    line, = re.findall('SIG(?:TERM|INT): saved at step .*', said)
     last = int(line.split()[4].strip(';').replace(',', ''))
     assert io.load_checkpoint(out)['step'] == last
     assert [r['step'] for r in rows(out) if 'loss' in r] == [*range(1, last + 1)]
     return line
 
 
-@fault('NaN in the loss or the gradient on one of 2 processes', 20)
+@fault('NaN or Inf in the loss or the gradient on one of 2 processes', 20)
 def nan(case, rng, out):
-    flags, what, at = case.flags(), rng.choice(('loss', 'gradient')), rng.randrange(5, STEPS)
+    flags, what, at = case.flags(), rng.choice(('loss', 'infinite', 'gradient')), rng.randrange(5, STEPS)
     assert wait(start(train.main, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [1, 1]
     line = one_line(f'{out}.log.0')
-    assert f'step {at + 1}: {what} is not finite' in line and (what == 'gradient' or 'on rank 1' in line)
+    assert f'step {at + 1}: {"gradient" if what == "gradient" else "loss"} is not finite on rank 1' in line
     ckpt = io.load_checkpoint(out)
     assert ckpt['step'] == at // 4 * 4 and all(v.isfinite().all() for v in ckpt['model'].values())
     goes_on(case, flags, out, 2)
@@ -388,7 +388,7 @@ def memory(case, rng, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. and 10. command lines, text
 
-@fault('random command lines', 2500)
+@fault('random command lines', 3000)
 def command_lines(case, rng, out):
     raise NotImplementedError                        # tests/fuzz.py does them all at once
 
@@ -424,9 +424,9 @@ def main():
                 continue
             n, seen, survived, at = max(1, round(tries * args.share)), Counter(), 0, time.time()
             if f.func is command_lines:
-                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 5)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 6)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
                 print(p.stdout)
-                n = 5 * max(1, n // 5)
+                n = 6 * max(1, n // 6)
                 survived = sum(int(a) - int(b) for a, b in re.findall(r'(\d+) command lines.* (\d+) failed', p.stdout))       # a script that is killed prints nothing
                 print(p.stderr[-2000:])
                 seen[f'{sum(int(x) for x in re.findall("([0-9]+) ran", p.stdout))} ran, {sum(int(x) for x in re.findall("([0-9]+) refused", p.stdout))} refused in one line'] = n

@@ -20,7 +20,7 @@ sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__fil
 from data import io                                  # noqa: E402
 from data.passkey import prepare as passkey          # noqa: E402
 
-SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare')
+SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert')
 TINY = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 --batch_tokens 256 --min_length 16 --micro_batch 2 --eval_tokens 256 --device cpu --dtype fp32'
 # what keeps a valid run short; a random flag after it may take its place
 BASE = {
@@ -30,6 +30,7 @@ BASE = {
     'eval_passkey': '--ckpt {ckpt} --lengths 96 --depths 2 --trials 1 --device cpu --out {out}',
     'data.passkey.prepare': '--out {out} --tokens 3000',
     'data.text.prepare': '{text} --out {out} --tokenizer bytes',
+    'data.hf.convert': '{ckpt} {out}',
 }
 NUMBERS = ('0', '-1', '1', '2', '3', '7', '16', '64', '96', '100', '128', '1e-3', '0.5', '1e9', '99999999999', '-0.0', 'nan', 'inf', '-inf', '', 'x', '1,2', '0x10', '१')
 SHORT = ('0', '-1', '1', '2', '3', '7', '16', '', 'x', 'nan', '1.5')         # of what would take hours: --steps 1e9 is a wish

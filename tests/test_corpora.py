@@ -97,8 +97,8 @@ def contents(out):
     for split in 'train', 'val':
         data, meta = np.fromfile(out / f'{split}.bin', np.uint16), json.loads((out / 'meta.json').read_text())
         docs = io.documents(data, meta, split)
-        assert meta[split]['docs'] == np.flatnonzero(data == 256).tolist() and meta[split]['tokens'] == len(data)
-        texts[split] = [bytes(d[1:].astype(np.uint8)).decode() for d in docs]
+        assert meta[split]['docs'] == np.flatnonzero(np.asarray(data) == 256).tolist() and meta[split]['tokens'] == len(data)
+        texts[split] = [bytes(np.asarray(d[1:]).astype(np.uint8)).decode() for d in docs]
     return texts
 
 

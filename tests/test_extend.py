@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -464,33 +465,36 @@ def test_two_processes_write_the_same(extended, trained, corpus, tmp_path):
 
 
 def test_a_grid_that_was_stopped_goes_on(extended, trained, tmp_path, capsys):
-    flags, file = f'--lengths 80,96,130 --depths 3 --trials 2 {CPU}', tmp_path / 'a/ckpt.passkey.csv'
+    flags, file = f'--lengths 80,96,130 --depths 3 --trials 2 --batch_tokens 300 {CPU}', tmp_path / 'a/ckpt.passkey.csv'
     assert run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/whole') == 0
     real, calls = eval_passkey.score, []
 
     def score(model, prompts, *more):
         calls.append(len(prompts[0]))
-        if killing and len(prompts[0]) > 100:        # in the third length
+        if len(calls) == stop:
             raise KeyboardInterrupt
         return real(model, prompts, *more)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(eval_passkey, 'score', score)
-        killing = True
+        stop = 6                                     # batches of 3, 3; 3, 3; then the second of 2, 2, 2
         with pytest.raises(KeyboardInterrupt):
             run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/a --resume')           # nothing there: it starts
-        assert [r[0] for r in table(file)[1]] == [80] * 6 + [96] * 6
-        killing, before = False, len(calls)
-        assert run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/a --resume') == 0
-        assert sum(n < 100 for n in calls[before:]) == 6             # one of each depth, to see that it is the same grid
+        assert [r[0] for r in table(file)[1]] == [80] * 6 + [96] * 6 + [130] * 2
+        calls.clear()
+        stop = 0
+        assert run(eval_passkey.main, flags, f'--ckpt {trained} --out {tmp_path}/a --resume') == 0 and len(calls) == 2
     assert file.read_text() == (tmp_path / 'whole/ckpt.passkey.csv').read_text()
-    assert run(eval_passkey.main, f'--lengths 150 --depths 3 --trials 2 {CPU} --ckpt {trained} --out {tmp_path}/a --resume') == 0    # more lengths
+    grow = f'--lengths 150 --depths 3 --trials 2 --out {tmp_path}/a --resume {CPU}'
+    assert wait(start(eval_passkey.main, grow, f'--ckpt {trained}', log=tmp_path / 'log', world=2)) == [0, 0]       # more lengths, by more processes
     assert [r[0] for r in table(file)[1]] == [n for n in (80, 96, 130, 150) for _ in range(6)]
-    os.rename(file, tmp_path / 'a/head-128.passkey.csv')
-    head, other = f'--ckpt {extended}/head-128.pt', tmp_path / 'a/head-128.passkey.csv'
-    for ckpt, more in (head, ''), (head, '--seed 1'), (head, '--trials 1'), (head, '--depths 4'):
-        refused(capsys, eval_passkey.main, f'{flags} {ckpt} --out {tmp_path}/a --resume', f'{more} : not those of this checkpoint {other}')
-    other.write_text('length,depth\n1,2\n')
-    refused(capsys, eval_passkey.main, f'{flags} {head} --out {tmp_path}/a --resume', f' : no csv of this script {other}')
+    before = file.read_text()
+    for more in '--seed 1', '--trials 1', '--depths 4', '--decode':
+        refused(capsys, eval_passkey.main, f'{flags} --ckpt {trained} --out {tmp_path}/a --resume', f'{more} : another checkpoint other flags {file}')
+    os.makedirs(tmp_path / 'b')
+    shutil.copyfile(f'{extended}/head-128.pt', tmp_path / 'b/ckpt.pt')           # another checkpoint of the same name
+    refused(capsys, eval_passkey.main, f'{flags} --ckpt {tmp_path}/b --out {tmp_path}/a --resume', f' : another checkpoint {file}')
+    assert file.read_text() == before
+    assert run(eval_passkey.main, flags.replace('80,', ''), f'--ckpt {trained} --out {tmp_path}/a') == 0 and len(table(file)[1]) == 12       # without --resume: anew
 
 
 def test_default_lengths_have_room_for_a_prompt(trained, tmp_path):

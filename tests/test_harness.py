@@ -180,6 +180,23 @@ def test_the_command_line(saved, task_folder, tmp_path, monkeypatch, capsys):
     assert 'local_piqa' in capsys.readouterr().out
 
 
+def test_longbench_on_local_documents(saved, tmp_path, monkeypatch):
+    """Two of its tasks as they are, but for where the documents come from; of its packages `rouge`, which they do not use, may be missing."""
+    pytest.importorskip('jieba')
+    pytest.importorskip('fuzzywuzzy')
+    monkeypatch.setitem(sys.modules, 'rouge', SimpleNamespace(Rouge=None))
+    doc = dict(question='What is it?', input='', answers=['a text', 'text'], length=9, language='en', all_classes=[])
+    for task, context in dict(qasper='Long text. ' * 300, lcc='def f(x):\n' * 200).items():
+        (tmp_path / f'{task}.jsonl').write_text(json.dumps(dict(doc, context=context, dataset=task, _id='0')))
+        (tmp_path / f'{task}.yaml').write_text(json.dumps(dict(
+            include=f'{os.path.dirname(lm_eval.__file__)}/tasks/longbench/{task}.yaml', task=f'local_{task}', tag=[], dataset_path='json', dataset_name=None,
+            dataset_kwargs=dict(data_files=dict(test=f'{tmp_path}/{task}.jsonl'), cache_dir=f'{tmp_path}/cache'))))
+    got = lm_eval.simple_evaluate(model='nanonope', model_args=f'ckpt={saved[1]},dtype=fp32,max_length=256', tasks=['local_qasper', 'local_lcc'], device='cpu', bootstrap_iters=0, log_samples=True,
+                                  task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False))
+    for task in 'local_qasper', 'local_lcc':
+        assert 0 <= got['results'][task]['score,none'] <= 1 and isinstance(got['samples'][task][0]['resps'][0][0], str)
+
+
 def test_a_needle_in_a_haystack(saved, tokenizer, capsys):
     pytest.importorskip('wonderwords')
     got = lm_eval.simple_evaluate(model='nanonope', model_args=f'ckpt={saved[1]},tokenizer={tokenizer},dtype=fp32,max_length=2048', tasks=['niah_single_1'], limit=2, bootstrap_iters=0,
@@ -190,7 +207,8 @@ def test_a_needle_in_a_haystack(saved, tokenizer, capsys):
 
 @pytest.mark.parametrize('args, why', [
     (dict(ckpt='nowhere.pt'), 'nowhere.pt'), (dict(truncation_side='both'), 'truncation_side=both'), (dict(dtype='fp8'), 'dtype=fp8'),
-    (dict(length=9), 'model_args: length unknown'), (dict(tokenizer='nowhere'), 'nowhere is not a folder')])
+    (dict(length=9), 'model_args: length unknown'), (dict(tokenizer='nowhere'), 'nowhere is not a folder'), (dict(ckpt=None), 'no ckpt'), (dict(max_length='8k'), 'max_length=8k'),
+    (dict(batch_size='auto'), '--batch_size auto')])
 def test_refusals(saved, capsys, args, why):
     with pytest.raises(SystemExit) as e:
         harness.NanoNoPE(**dict(ckpt=saved[1]) | args)

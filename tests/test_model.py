@@ -149,6 +149,13 @@ def test_generate_takes_the_likeliest_token(pe):
     assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0.5, top_k=1), naive)
 
 
+def test_generate_from_nothing_and_from_one_token():
+    model = build('nope')
+    with pytest.raises(ValueError, match='begin with BOS'):
+        model.generate(torch.empty(1, 0, dtype=torch.long), 3)
+    assert model.generate(tokens(1, 1), 3, temperature=0).shape == (1, 4)
+
+
 @pytest.mark.parametrize('top_k', [None, 5])
 def test_generate_samples_the_tempered_distribution(top_k):
     model, n = build(), 4000

@@ -270,18 +270,17 @@ def test_a_log_that_was_cut_or_ran_ahead(corpus, tmp_path):
 def poison(what):
     """From now on every loss, or the slope of every loss, is NaN: the root of zero has no finite slope."""
     real = F.cross_entropy
-    bad = dict(loss=lambda y: y * math.nan, gradient=lambda y: y + (y * 0).sqrt())[what]
+    bad = dict(loss=lambda y: y * math.nan, infinite=lambda y: y * math.inf, gradient=lambda y: y + (y * 0).sqrt())[what]
     F.cross_entropy = lambda *args, **kw: bad(real(*args, **kw))
 
 
-@pytest.mark.parametrize('what, world', [('loss', 1), ('gradient', 1), ('loss', 2)])
+@pytest.mark.parametrize('what, world', [('loss', 1), ('infinite', 1), ('gradient', 1), ('loss', 2), ('gradient', 2)])
 def test_not_finite_stops_before_the_update(what, world, corpus, tmp_path):
     flags = f'{TINY} --steps 8 --warmup 2 --eval_every 2 --data {corpus} --out {tmp_path}/run'
     assert wait(start(train.main, flags, log=tmp_path / 'log', world=world, step=5, act=partial(poison, what))) == [1] * world
     said = (tmp_path / 'log.0').read_text()
     line, = re.findall('^error: .*', said, re.M)
-    where = f' on rank {world - 1}' if what == 'loss' else ''            # every rank has the gradient of all
-    assert line.startswith(f'error: step 6: {what} is not finite{where} (batch of seed 5, step 5)') and 'Traceback' not in said
+    assert line.startswith(f'error: step 6: {"gradient" if what == "gradient" else "loss"} is not finite on rank {world - 1} (batch of seed 5, step 5)') and 'Traceback' not in said
     ckpt = io.load_checkpoint(f'{tmp_path}/run')
     assert ckpt['step'] == 4 and all(v.isfinite().all() for v in ckpt['model'].values())
     assert run(train.main, flags, '--resume') == 0 and [r['step'] for r in rows(tmp_path / 'run') if 'loss' in r] == [*range(1, 9)]

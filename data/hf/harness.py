@@ -4,9 +4,9 @@ and for prompts that must be cut in the middle, as LongBench's (its own backend 
 
     python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-log-8192.pt --tasks piqa,openbookqa
     python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,max_length=8192 --tasks longbench
-    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,tokenizer=TinyLlama-NoPE-1.1B --tasks niah_single_1 --metadata '{"max_seq_lengths": [2048, 4096, 8192]}'
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,tokenizer=TinyLlama-NoPE-1.1B --tasks niah_single_1 --metadata '{"max_seq_lengths": [2048, 4096, 8000]}'
 
-The command line is lm_eval's own. model_args: ckpt; max_length (tokens; default the length that it was trained or extended
+The command line is lm_eval's own (on a machine without a GPU add --device cpu). model_args: ckpt; max_length (tokens; default the length that it was trained or extended
 to); tokenizer (a folder, for tasks that build their prompts with it; default the checkpoint's own); add_bos_token (default
 True: rows begin with BOS in training); truncation_side (left, middle or right; default middle); dtype. Decoding is greedy
 and one prompt at a time; --batch_size is for scoring. One process.
@@ -32,11 +32,13 @@ except ImportError as e:
 @register_model('nanonope')
 class NanoNoPE(TemplateLM):
 
-    def __init__(self, ckpt, max_length=None, tokenizer=None, add_bos_token=True, truncation_side='middle', dtype='auto',
+    def __init__(self, ckpt=None, max_length=None, tokenizer=None, add_bos_token=True, truncation_side='middle', dtype='auto',
                  batch_size=1, max_batch_size=None, device=None, **unknown):
         super().__init__()
-        if unknown:
-            io.fail(f'model_args: {", ".join(unknown)} unknown; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
+        if unknown or not ckpt:
+            io.fail(f'model_args: {", ".join(unknown) + " unknown" if unknown else "no ckpt"}; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
+        if not all(str(n).isdigit() and int(n) > 0 for n in (batch_size, max_length or 1)):
+            io.fail(f'max_length={max_length} and --batch_size {batch_size} must be whole numbers above 0')
         if truncation_side not in ('left', 'middle', 'right') or dtype not in ('auto', 'bf16', 'fp32'):
             io.fail(f'model_args: truncation_side={truncation_side} (left, middle or right), dtype={dtype} (auto, bf16 or fp32)')
         self.env = io.setup(SimpleNamespace(device=device or 'auto', dtype=dtype, seed=0))
@@ -47,7 +49,8 @@ class NanoNoPE(TemplateLM):
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
         self.ends = {i for v in ids for i in (v if isinstance(v, list) else [v])}            # Llama 3 has several
-        self.max_length, self.batch_size, self.add_bos, self.side = int(max_length or longest(ckpt)), int(batch_size), bool(add_bos_token and self.tok.bos is not None), truncation_side
+        self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
+        self.add_bos = bool(add_bos_token and self.tok.bos is not None)
         io.check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
@@ -84,26 +87,36 @@ class NanoNoPE(TemplateLM):
                 self.cache_hook.add_partial('loglikelihood', requests[i][0], out[i])
         return out
 
+    @torch.inference_mode()
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """[(text,)] -> [its log-probability], in windows of max_length that overlap only where the last would be short."""
-        windows = [[(None, *utils.make_disjoint_window(w)) for w in utils.get_rolling_token_windows(
-            self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length, context_len=1)] for r in requests]
-        scores = iter(self._loglikelihood_tokens([w for each in windows for w in each], disable_tqdm))
-        return [sum(next(scores)[0] for _ in each) for each in windows]
+        out = []
+        for r in tqdm(requests, disable=disable_tqdm):
+            windows = utils.get_rolling_token_windows(self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length, context_len=1)
+            total = 0.0
+            for context, continuation in map(utils.make_disjoint_window, windows):
+                ids = torch.tensor([context + continuation], device=self.env.device)
+                with self.env.autocast():            # with targets, so that no T x V logits stand in memory
+                    total -= self.model(ids[:, :-1], ids[:, -len(continuation):], rows=slice(-len(continuation), None))[1].item() * len(continuation)
+            out.append(total)
+            self.cache_hook.add_partial('loglikelihood_rolling', r.args, total)
+        return out
 
     @torch.inference_mode()
     def generate_until(self, requests, disable_tqdm=False):
         """[(prompt, its settings)] -> [text up to a stop sequence, the end of a document or max_gen_toks tokens], greedy."""
-        out = []
-        for context, settings in tqdm([r.args for r in requests], disable=disable_tqdm):
-            settings = normalize_gen_kwargs(settings)
+        out, self.cut = [], 0
+        for context, asked in tqdm([r.args for r in requests], disable=disable_tqdm):
+            settings = normalize_gen_kwargs(asked)
             if settings['do_sample'] or settings.get('num_beams', 1) > 1:
                 io.fail('data.hf.harness decodes greedily: neither do_sample nor num_beams')
             until = [s for s in handle_stop_sequences(settings['until'], eos=None) if s]
             if settings['max_gen_toks'] >= self.max_length:
                 io.fail(f'max_length={self.max_length} has no room for a prompt beside the {settings["max_gen_toks"]} tokens that the task generates')
             n = settings['max_gen_toks']
-            ids = self.anchor(self.tok_encode(context), self.max_length - n, self.side)
+            whole = self.tok_encode(context)
+            ids = self.anchor(whole, self.max_length - n, self.side)
+            self.cut += len(ids) < len(whole)
             cache, new, text = KVCache(), [], ''
             while len(new) < n and not any(s in text for s in until):
                 with self.env.autocast():
@@ -114,7 +127,9 @@ class NanoNoPE(TemplateLM):
                     break
                 text = self.tok.decode(new)
             out.append(postprocess_generated_text(text, until, None))
-            self.cache_hook.add_partial('generate_until', (context, settings), out[-1])
+            self.cache_hook.add_partial('generate_until', (context, asked), out[-1])
+        if self.cut:
+            print(f'note: {self.cut} of {len(requests)} prompts were cut ({self.side}) to max_length={self.max_length} less what is generated')
         return out
 
 

@@ -105,7 +105,7 @@ def main():
     splits = {split: generate(n, args.retrieval, args.gap, (args.seed, i), args.longest) for i, (split, n) in enumerate((('train', args.tokens), ('val', min(args.tokens, 1_000_000))))}
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
-        print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {len(meta[split]["docs"]):,} documents, vocabulary {meta["vocab_size"]}')
+        print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {meta[split]["n_docs"]:,} documents, vocabulary {meta["vocab_size"]}')
 
 
 if __name__ == '__main__':

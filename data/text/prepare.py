@@ -79,8 +79,8 @@ def main():
             yield tokenizer.encode(read(f))
     meta = write_data(args.out, tokenizer, {s: encode(s) for s in splits}, source={s: [docs[f] for f in splits[s]] for s in splits})
     for s, files in splits.items():
-        n, longest = meta[s]['tokens'], np.diff(meta[s]['docs'] + [meta[s]['tokens']]).max(initial=0)
-        print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {longest:,} tokens, '
+        n = meta[s]['tokens']
+        print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {meta[s]["longest"]:,} tokens, '
               f'{sum(size[f] for f in files) / max(1, n - len(files)):.2f} bytes a token')
 
 
