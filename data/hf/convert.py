@@ -226,8 +226,7 @@ def special_ids(tokenizer, vocab_size):
         if not 0 <= (ids['pad_token_id'] or 0) < vocab_size:     # -1 is seen; with an id outside the vocabulary no model is built
             ids['pad_token_id'] = None
     else:
-        tok = io.get_tokenizer(tokenizer)
-        ids['bos_token_id'], ids['eos_token_id'] = tok.bos, tok.eos
+        ids['bos_token_id'] = ids['eos_token_id'] = io.get_tokenizer(tokenizer).bos
     return ids
 
 

@@ -48,7 +48,7 @@ class NanoNoPE(TemplateLM):
         self.model = io.load_model(ckpt).to(self.env.device).eval()
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
-        self.ends = {i for v in ids for i in (v if isinstance(v, list) else [v])}            # Llama 3 has several
+        self.ends = {self.tok.eos, *(i for v in ids for i in (v if isinstance(v, list) else [v]))}       # Llama 3 has several
         self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
         io.check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
