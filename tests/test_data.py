@@ -147,6 +147,16 @@ def test_write_and_open(n_vocab, dtype, tmp_path, refused):
         io.write_data(tmp_path / 'train.bin', tok, docs, '')
 
 
+def test_documents_that_are_too_many_for_a_list(tmp_path, monkeypatch):
+    docs = [[3, 1, 4], [], [1, 5], [9, 2, 6, 5]]
+    for listed in 10, 2:
+        monkeypatch.setattr(io, 'DOCS_LISTED', listed)
+        meta = io.write_data(tmp_path, io.Tokenizer('fake', 100, 99, None, None), dict(train=docs, val=docs[:1]), '')
+        assert (meta['train']['docs'] is None) == (listed == 2) and meta['train']['n_docs'] == 4 and meta['train']['longest'] == 5 and meta['val']['docs'] == [0]
+        data, meta = io.open_data(tmp_path, 'train')
+        assert [list(d) for d in io.documents(data, meta, 'train')] == [[99, *d] for d in docs]
+
+
 def test_text_prepare(run, refused, tmp_path, capsys):
     books = {f'books/{"ab"[i % 2]}/{i}.txt': f'book {i}\r\n<|endoftext|> é\n' * (i + 1) for i in range(20)}
     for name, s in {**books, 'books/.git/x': 'no', 'books/.hidden': 'no', 'books/empty.txt': ''}.items():
