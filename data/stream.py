@@ -50,6 +50,8 @@ def flags(p):
     for flag, least in dict(workers=1, tokens=1, seed=0).items():
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             fail(f'--{flag} {getattr(args, flag)} must be at least {least}')
+    if args.workers > 1024:
+        fail(f'--workers {args.workers} must be at most 1024')
     return args
 
 
@@ -195,4 +197,4 @@ def prepare(args, corpora):
     for split in splits:
         n = meta[split]['tokens']
         print(f'{args.out}/{split}.bin: {n:,} tokens, {meta[split]["n_docs"]:,} documents, the longest {meta[split]["longest"]:,} tokens'
-              + ''.join(f', {size[split] / n:.4%} {name}' for name, size in sizes.items() if len(sizes) > 1))
+              + ''.join(f', {size[split] / max(1, n):.4%} {name}' for name, size in sizes.items() if len(sizes) > 1))

@@ -388,7 +388,7 @@ def memory(case, rng, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. and 10. command lines, text
 
-@fault('random command lines', 3000)
+@fault('random command lines', 5000)
 def command_lines(case, rng, out):
     raise NotImplementedError                        # tests/fuzz.py does them all at once
 
@@ -424,9 +424,9 @@ def main():
                 continue
             n, seen, survived, at = max(1, round(tries * args.share)), Counter(), 0, time.time()
             if f.func is command_lines:
-                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 6)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 10)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
                 print(p.stdout)
-                n = 6 * max(1, n // 6)
+                n = 10 * max(1, n // 10)
                 survived = sum(int(a) - int(b) for a, b in re.findall(r'(\d+) command lines.* (\d+) failed', p.stdout))       # a script that is killed prints nothing
                 print(p.stderr[-2000:])
                 seen[f'{sum(int(x) for x in re.findall("([0-9]+) ran", p.stdout))} ran, {sum(int(x) for x in re.findall("([0-9]+) refused", p.stdout))} refused in one line'] = n

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import io as text_io
+import json
 import os
 import random
 import re
@@ -20,7 +21,8 @@ sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__fil
 from data import io                                  # noqa: E402
 from data.passkey import prepare as passkey          # noqa: E402
 
-SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert')
+SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert', 'data.pg19.prepare', 'data.proof_pile.prepare',
+           'data.fineweb_edu.prepare', 'data.slimpajama_starcoder.prepare')
 TINY = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 --batch_tokens 256 --min_length 16 --micro_batch 2 --eval_tokens 256 --device cpu --dtype fp32'
 # what keeps a valid run short; a random flag after it may take its place
 BASE = {
@@ -31,6 +33,9 @@ BASE = {
     'data.passkey.prepare': '--out {out} --tokens 3000',
     'data.text.prepare': '{text} --out {out} --tokenizer bytes',
     'data.hf.convert': '{ckpt} {out}',
+    **{f'data.{name}.prepare': '--source {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000' for name in ('pg19', 'proof_pile')},
+    'data.fineweb_edu.prepare': '--source {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000 --val 0.3',
+    'data.slimpajama_starcoder.prepare': '--slimpajama {jsonl} --starcoder {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000 --val 0.3',
 }
 NUMBERS = ('0', '-1', '1', '2', '3', '7', '16', '64', '96', '100', '128', '1e-3', '0.5', '1e9', '99999999999', '-0.0', 'nan', 'inf', '-inf', '', 'x', '1,2', '0x10', '१')
 SHORT = ('0', '-1', '1', '2', '3', '7', '16', '', 'x', 'nan', '1.5')         # of what would take hours: --steps 1e9 is a wish
@@ -108,13 +113,16 @@ def main():
     failures, here = 0, os.getcwd()
     with tempfile.TemporaryDirectory() as tmp:
         os.chdir(tmp)                                # what a strange --out makes, it makes here
-        names = dict(data=f'{tmp}/data', ckpt=f'{tmp}/run', text=f'{tmp}/text', out=f'{tmp}/out')
+        names = dict(data=f'{tmp}/data', ckpt=f'{tmp}/run', text=f'{tmp}/text', jsonl=f'{tmp}/jsonl', out=f'{tmp}/out')
         io.write_data(names['data'], io.get_tokenizer('passkey'), {s: passkey.generate(20_000, 0.5, 6, (0, i)) for i, s in enumerate(('train', 'val'))}, source='')
         os.makedirs(names['text'])
+        os.makedirs(names['jsonl'])
+        with open(f'{tmp}/jsonl/0.jsonl', 'w') as f:
+            f.writelines(json.dumps(dict(text=f'some text {i}, again and again. ' * 9, content=f'x = {i}\n' * 9, meta=dict(redpajama_set_name='RedPajamaBook'))) + '\n' for i in range(40))
         for i in range(4):
             with open(f'{tmp}/text/{i}.txt', 'w') as f:
                 f.write('some text, again and again. ' * 200)
-        assert one(importlib.import_module('train'), (BASE['train'].format(**{**names, 'out': names['ckpt']})).split())[0] == 0
+        assert one(importlib.import_module('train'), (BASE['train'].format(**{**names, 'out': names['ckpt']}) + ' --no-qk_norm').split())[0] == 0
         for name in [args.only] if args.only else SCRIPTS:
             module, rng, codes, began = importlib.import_module(name), random.Random(f'{args.seed} {name}'), {0: 0, 2: 0}, time.time()
             actions = [a for a in parser_of(module)._actions if a.dest not in ('help', 'compile')]      # compiling takes minutes
