@@ -2,7 +2,7 @@
 A campaign of faults behind results/faults.csv: each is tried many times, at random moments, sizes and places, and every
 time the promise about it is checked. Nothing may be lost, and the user sees one line that says what to do.
 
-    python -m tests.campaign --csv results/faults.csv      # the whole of it; about half an hour on 2 cores
+    python -m tests.campaign --csv results/faults.csv      # the whole of it; 12 minutes on 2 cores
     python -m tests.campaign --share 0.02                  # the short form, as make test runs it: a fiftieth of the tries, one at least
     python -m tests.campaign --only kill                   # faults whose name holds the word
 """
