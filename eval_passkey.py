@@ -9,7 +9,8 @@ template, the grid and the exact-match rule of Wang et al. 2024).
 Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
 greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
 tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
-Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (what they are of is in .passkey.json; --resume goes on). Prompts depend on (seed, length,
+Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (.passkey.json says of
+what; --resume goes on). Prompts depend on (seed, length,
 depth, trial) only. Nothing is compiled: each length would compile again.
 """
 import os
@@ -144,7 +145,10 @@ def main():
     if args.resume and env.master and os.path.exists(file):
         if io.read_json(note) != made_by:
             io.fail(f'{file} is of another checkpoint or other flags: leave out --resume, or choose another --out')
-        rows = [{c: (float if c in ('depth', 'logprob') else int)(r[c]) for c in COLUMNS} for r in io.read_csv(file)]
+        try:
+            rows = [{c: (float if c in ('depth', 'logprob') else int)(r[c]) for c in COLUMNS} for r in io.read_csv(file)]
+        except (KeyError, TypeError, ValueError):
+            io.fail(f'{file} is damaged: leave out --resume, or choose another --out')
         print(f'{file} has {len(rows)} prompts already')
     elif env.master:
         with suppress(FileNotFoundError):            # rows of other flags must not stand beside the new note

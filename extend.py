@@ -338,7 +338,7 @@ def show(results, lengths, block_size, args, env):
     """results: {name: (ppl rows, entropy rows)} -> a table of perplexity by length and one of entropy by position."""
     names, rows = list(results), [r for r, _ in results.values()]
     r, paper = rows[0][0], args.protocol == 'paper'
-    on = (lambda r: f'{r["tokens"]:,} tokens of {r["docs"]} documents')
+    on = lambda r: f'{r["tokens"]:,} tokens of {r["docs"]} documents'
     env.print(f'\nperplexity: windows of the length named, stride {r["stride"]}, ' + ('by the paper\'s rule: other tokens at each length' if paper else f'the same {on(r)} at every length'))
     env.print('  length          ' + ''.join(f'{n:>18}' for n in names))
     for i, n in enumerate(lengths):

@@ -7,6 +7,8 @@ time the promise about it is checked. Nothing may be lost, and the user sees one
     python -m tests.campaign --only kill                   # faults whose name holds the word
 """
 import argparse
+import contextlib
+import io as text_io
 import os
 import random
 import re
@@ -95,8 +97,6 @@ def goes_on(case, flags, out, world=1):
 
 def refuses(main, *flags):
     """A script in this process, that ends with exit code 2 and one line, which is returned."""
-    import contextlib
-    import io as text_io
     out, err, argv, handlers = text_io.StringIO(), text_io.StringIO(), sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = ['script.py', *' '.join(map(str, flags)).split()]
     try:
@@ -203,8 +203,7 @@ def foreign(case, rng, out):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (f'{out}/trapped',)
-    import io as bytes_io
-    what = bytes_io.BytesIO()
+    what = text_io.BytesIO()
     torch.save(rng.choice(({'model': {}}, {'state_dict': {}, 'iter_num': 3}, Trap(), [1])), what)
     line = damaged(case, out, lambda good: rng.choice((b'', b'some text\n' * 100, what.getvalue())))
     assert not os.path.exists(f'{out}/trapped')
@@ -221,6 +220,12 @@ def another(case, rng, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. the disk
 
+def stopped(flags, rng, out, act, last=STEPS - 1):
+    """A run in which act() happens at a random step; it ends with exit code 2 and the one line that is returned."""
+    assert wait(start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, last), act=act)) == [2]
+    return one_line(f'{out}.log.0')
+
+
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -229,9 +234,7 @@ def limit(size):
 def full(case, rng, out):
     flags = case.flags()
     size = os.path.getsize(f'{case.run(flags)}/ckpt.pt')
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(limit, rng.randrange(7000, size)))          # what it prints, into a file too, is shorter
-    assert wait(ranks) == [2]
-    line = one_line(f'{out}.log.0')
+    line = stopped(flags, rng, out, partial(limit, rng.randrange(7000, size)))           # what it prints, into a file too, is shorter
     io.load_checkpoint(out)
     goes_on(case, flags, out)
     return line
@@ -257,10 +260,8 @@ def read_only(case, rng, out):
     flags = case.flags(every=2)
     case.run(flags)
     os.chmod(case.folder, 0o755)
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(forbid, out))
-    assert wait(ranks) == [2]
+    line = stopped(flags, rng, out, partial(forbid, out))
     os.chmod(out, 0o755)
-    line = one_line(f'{out}.log.0')
     io.load_checkpoint(out)
     goes_on(case, flags, out)
     return line
@@ -268,10 +269,7 @@ def read_only(case, rng, out):
 
 @fault('the folder vanishes', 5)
 def vanish(case, rng, out):
-    flags = case.flags()
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 1), act=partial(shutil.rmtree, out))
-    assert wait(ranks) == [2]
-    return one_line(f'{out}.log.0')
+    return stopped(case.flags(), rng, out, partial(shutil.rmtree, out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,11 +325,9 @@ def nan(case, rng, out):
 def shorter(case, rng, out):
     corpus(f'{out}.data')
     size = os.path.getsize(f'{out}.data/train.bin')
-    flags = case.flags(data=f'{out}.data')
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, STEPS - 30), act=partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)))
-    assert wait(ranks) == [2]                        # and not by SIGBUS
+    line = stopped(case.flags(data=f'{out}.data'), rng, out, partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)), STEPS - 30)         # and not by SIGBUS
     io.load_checkpoint(out)
-    return one_line(f'{out}.log.0')
+    return line
 
 
 @fault('other data than the checkpoint saw', 5)

@@ -494,6 +494,8 @@ def test_a_grid_that_was_stopped_goes_on(extended, trained, tmp_path, capsys):
     shutil.copyfile(f'{extended}/head-128.pt', tmp_path / 'b/ckpt.pt')           # another checkpoint of the same name
     refused(capsys, eval_passkey.main, f'{flags} --ckpt {tmp_path}/b --out {tmp_path}/a --resume', f' : another checkpoint {file}')
     assert file.read_text() == before
+    file.write_text(before[:-20])
+    refused(capsys, eval_passkey.main, f'{flags} --ckpt {trained} --out {tmp_path}/a --resume', f' : {file} is damaged')
     assert run(eval_passkey.main, flags.replace('80,', ''), f'--ckpt {trained} --out {tmp_path}/a') == 0 and len(table(file)[1]) == 12       # without --resume: anew
 
 

@@ -105,7 +105,7 @@ class NanoNoPE(TemplateLM):
     @torch.inference_mode()
     def generate_until(self, requests, disable_tqdm=False):
         """[(prompt, its settings)] -> [text up to a stop sequence, the end of a document or max_gen_toks tokens], greedy."""
-        out, self.cut = [], 0
+        out, cut = [], 0
         for context, asked in tqdm([r.args for r in requests], disable=disable_tqdm):
             settings = normalize_gen_kwargs(asked)
             if settings['do_sample'] or settings.get('num_beams', 1) > 1:
@@ -116,7 +116,7 @@ class NanoNoPE(TemplateLM):
             n = settings['max_gen_toks']
             whole = self.tok_encode(context)
             ids = self.anchor(whole, self.max_length - n, self.side)
-            self.cut += len(ids) < len(whole)
+            cut += len(ids) < len(whole)
             cache, new, text = KVCache(), [], ''
             while len(new) < n and not any(s in text for s in until):
                 with self.env.autocast():
@@ -128,8 +128,8 @@ class NanoNoPE(TemplateLM):
                 text = self.tok.decode(new)
             out.append(postprocess_generated_text(text, until, None))
             self.cache_hook.add_partial('generate_until', (context, asked), out[-1])
-        if self.cut:
-            print(f'note: {self.cut} of {len(requests)} prompts were cut ({self.side}) to max_length={self.max_length} less what is generated')
+        if cut:
+            print(f'note: {cut} of {len(requests)} prompts were cut ({self.side}) to max_length={self.max_length} less what is generated')
         return out
 
 
