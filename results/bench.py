@@ -3,6 +3,7 @@ Speed of training beside other trainers, and how the cost of each script grows.
 
     python -m results.bench --nanogpt ~/nanoGPT          # results/speed.csv: a training step of nanoGPT's train.py, of a Hugging Face Llama, of ours
     python -m results.bench --costs                      # results/costs.csv: seconds and memory by length and by model size
+    python -m results.bench --passkey out/model          # results/passkey-speed.csv: the passkey grid beside transformers' generate (no QK-norm)
 
 Every contender is a process of its own, in turns, `--rounds` times over; the figure is the median step of a round. All
 train on the same tokens, 16 rows of 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of
@@ -29,6 +30,7 @@ import torch
 import eval_passkey
 import extend
 from data import io
+from data.hf import convert
 from model import GPT, GPTConfig
 
 # layers, heads, width
@@ -179,8 +181,52 @@ def costs(args):
     return rows
 
 
+def passkey(args):
+    """The same prompts through eval_passkey.score, and as the paper has it: one prompt at a time through transformers' generate."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        io.fail('--passkey measures transformers: pip install transformers')
+    env, ckpt = io.setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0)), io.load_checkpoint(args.passkey)
+    model, tok = io.load_model(ckpt).to(env.device).eval(), io.get_tokenizer(ckpt['tokenizer'])
+    with tempfile.TemporaryDirectory() as tmp:
+        convert.write(ckpt, f'{tmp}/hf', 'fp32')
+        theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf').to(env.device).eval()
+    wait, rows = torch.cuda.synchronize if 'cuda' in env.device else lambda: None, []
+
+    def ours_score(made):
+        size = max(1, 2**14 // len(made[0][0] + made[0][1]))
+        return [hit for i in range(0, len(made), size) for hit, _ in eval_passkey.score(model, [m[0] for m in made[i:i + size]], [m[1] for m in made[i:i + size]], env)]
+
+    def their_score(made):
+        hits = []
+        for prompt, answer, _ in made:
+            x = torch.tensor([prompt], device=env.device)
+            out = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(answer), min_new_tokens=len(answer), do_sample=False)
+            hits.append(int(out[0, len(prompt):].tolist() == answer))
+        return hits
+
+    for n in io.default_lengths(model.config):
+        made = [eval_passkey.make_prompt(tok, n, d, 10, np.random.default_rng((42, n, d, t))) for t in range(2) for d in range(10)]
+        for how in (ours_score, their_score):        # nobody is timed cold
+            how(made[:1])
+        times, hits = ([], []), [None, None]
+        for _ in range(args.rounds):
+            for i, how in enumerate((ours_score, their_score)):
+                start = time.time()
+                hits[i] = how(made)
+                wait()
+                times[i].append(time.time() - start)
+        ours, other = map(statistics.median, times)
+        rows.append(dict(length=n, prompts=len(made), ours_s=f'{ours:.3f}', generate_s=f'{other:.3f}', times=f'{other / ours:.1f}', our_hits=sum(hits[0]), their_hits=sum(hits[1]), differ=sum(a != b for a, b in zip(*hits))))
+        print(rows[-1], flush=True)
+        io.write_csv('results/passkey-speed.csv', rows)
+    return rows
+
+
 def main():
     p = io.parser(__doc__)
+    p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
     p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
     p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
@@ -191,7 +237,7 @@ def main():
     args = p.parse_args()
     if args.rounds < 1 or args.steps < 3:
         io.fail('--rounds must be at least 1, --steps at least 3')
-    rows = costs(args) if args.costs else speed(args)
+    rows = passkey(args) if args.passkey else costs(args) if args.costs else speed(args)
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
     for r in rows:
         print('| ' + ' | '.join(str(v) for v in r.values()) + ' |')

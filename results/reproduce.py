@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -112,31 +114,44 @@ SCALES = dict(
 
 
 def run(script, flags, threads=None, log=None, processes=1):
-    """One command, shown as it would be typed."""
+    """One command, shown as it would be typed; with a log it speaks there, and only its last line is said where it fails."""
     launch = f'-m torch.distributed.run --standalone --nproc_per_node={processes} ' if processes > 1 and script.endswith('.py') else ''
     print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {launch}{script} {flags}' + (f' > {log}' if log else ''), flush=True)
-    code = subprocess.call([sys.executable] + shlex.split(f'{launch}{script} {flags}'), stdout=open(log, 'a') if log else None,
-                           env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
+    with open(log, 'a') if log else nullcontext() as out:
+        code = subprocess.call([sys.executable] + shlex.split(f'{launch}{script} {flags}'), stdout=out, stderr=log and subprocess.STDOUT,
+                               env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
     if code:
+        if log:
+            with open(log, errors='replace') as f:
+                print(f'{log}:', *deque(f, 1), file=sys.stderr)
         sys.exit(code)
 
 
-def train(runs, processes=1):
+def side_by_side(jobs, processes=1):
     """
-    {folder: flags}: trains them side by side, each with its share of the cores; the first is seen, the others write to
-    FOLDER.txt. On GPUs one after the other.
+    Calls each job(threads, seen) and yields what they return, as they end. On CPU side by side, each with its share of the
+    cores, where only the first is seen; on GPUs, which each of them needs whole, one after the other.
     """
     cores = os.cpu_count() or 1
-    if processes > 1 or torch.cuda.is_available():
-        for folder, flags in runs.items():
-            run('train.py', f'{flags} --out {folder}', processes=processes)
+    workers = 1 if processes > 1 or torch.cuda.is_available() else min(len(jobs), cores)
+    if workers <= 1:
+        yield from (job(None, True) for job in jobs)
         return
-    with ThreadPoolExecutor(max(1, min(len(runs), cores))) as pool:
-        for folder in runs:
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-        for done in [pool.submit(run, 'train.py', f'{flags} --out {folder}', max(1, cores // len(runs)), f'{folder}.txt' if i else None)
-                     for i, (folder, flags) in enumerate(runs.items())]:
-            done.result()
+    with ThreadPoolExecutor(workers) as pool:
+        ends = [pool.submit(job, cores // workers, not i) for i, job in enumerate(jobs)]
+        try:
+            yield from (end.result() for end in as_completed(ends))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train(runs, processes=1):
+    """{folder: flags}: trains them side by side; those that are not seen write to FOLDER.txt."""
+    def one(folder, flags, threads, seen):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        run('train.py', f'{flags} --out {folder}', threads, None if seen else f'{folder}.txt', processes=processes)
+    list(side_by_side([partial(one, folder, flags) for folder, flags in runs.items()], processes))
 
 
 def mean_sd(values, digits):
@@ -270,13 +285,36 @@ def main():
         if longest < need:
             io.fail(f'{out}/{folder_of[measured_on]}/val.bin: its longest document has {longest:,} tokens, the longest length takes {need:,}: give longer texts')
 
-    def measure(ckpt, folder, lengths):
-        """{length: (loss, [hits])} of a checkpoint."""
-        common = f'--lengths {",".join(map(str, lengths))} --dtype {dtype}'
-        run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[measured_on]} --method none {common} --out {folder} {scale["measure"]}', processes=processes)
-        run('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}', processes=processes)
-        ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('paper.ppl' if 'paper' in scale['measure'] else 'ppl', 'passkey'))
-        return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
+    def make(r, seed, threads, seen):
+        """Extends and measures a row of a seed -> its lines of the csv. What is not seen goes to FOLDER.txt."""
+        began, ckpt, folder, cells = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), {}
+        do = partial(run, threads=threads, log=None if seen else f'{folder}.txt', processes=processes)
+
+        def measure(ckpt, lengths):
+            """{length: (loss, [hits])} of a checkpoint."""
+            common = f'--lengths {",".join(map(str, lengths))} --dtype {dtype}'
+            do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[measured_on]} --method none {common} --out {folder} {scale["measure"]}')
+            do('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
+            ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('paper.ppl' if 'paper' in scale['measure'] else 'ppl', 'passkey'))
+            return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
+
+        if r.method == 'ntk-dynamic':                # the static one, anew for each length; the longest stays, so that the tokens are the same
+            for n in lengths:
+                at = ckpt
+                if n > L:
+                    do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
+                    at = f'{folder}/ntk-{n}.pt'
+                cells[n] = measure(at, sorted({n, lengths[-1]}))[n]
+        else:
+            if r.method:
+                do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0')
+                ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
+            if r.then:
+                do('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{folder_of[r.corpus]} --seed {seed} --resume --out {folder}/on')
+                ckpt = f'{folder}/on'
+            cells = measure(ckpt, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
+        return [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
+                     seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
 
     for seed in args.seeds:
         left = missing[seed]
@@ -286,27 +324,12 @@ def main():
         for generation in zip_longest(*(line(r.run) for r in left)):
             train({f'{out}/{name}-{seed}': (f'--init_from {out}/{runs[name].parent}-{seed} ' if runs[name].parent else '')
                    + f'{trained[name]} --data {out}/{folder_of[runs[name].corpus]} --seed {seed} --resume' for name in dict.fromkeys(generation) if name}, processes)
-        for r in left:
-            began, ckpt, folder = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name)
-            cells = {}
-            if r.method == 'ntk-dynamic':            # the static one, anew for each length; the longest stays, so that the tokens are the same
-                for n in lengths:
-                    at = ckpt
-                    if n > L:
-                        run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
-                        at = f'{folder}/ntk-{n}.pt'
-                    cells[n] = measure(at, folder, sorted({n, lengths[-1]}))[n]
-            else:
-                if r.method:
-                    run('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0', processes=processes)
-                    ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
-                if r.then:
-                    run('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{folder_of[r.corpus]} --seed {seed} --resume --out {folder}/on')
-                    ckpt = f'{folder}/on'
-                cells = measure(ckpt, folder, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
-            done += [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
-                          seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
+        # the rows too side by side, those that tune or train first: they take longest
+        left = sorted(left, key=lambda r: (not r.then, r.method not in ('head', 'head-log', 'longrope')))
+        for n, new in enumerate(side_by_side([partial(make, r, seed) for r in left], processes), 1):
+            done = sorted(done + new, key=lambda d: (int(d['seed']), names.index(d['row']) if d['row'] in names else len(names)))
             io.write_csv(file, done)
+            print(f'seed {seed}: {n} of {len(left)} rows measured', flush=True)
     for r in scale.get('rows', HEADLINE):            # the first seed's; the others are in the same folders
         folder = where(out, r.run, args.seeds[0], r.name)
         for f in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
