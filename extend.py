@@ -8,12 +8,12 @@ Extends a trained checkpoint past its training length, and measures what that do
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/tinyllama --data data/corpus --method head --length 8192 --lr 0.1
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 
-for any encoding, by sharper attention: lambda_h(i) = scale_h + slope_h ln max(1, i / L), training length L
+for any encoding, by sharper attention: lambda_h = scale_h + slope_h ln max(1, n / L), n tokens, training length L
   uniform      one scale for all heads: the one on --grid with the lowest loss at --length on train.bin (Wang et al. 2024, sec. 3)
   head         scale_h of each head, tuned by gradient at --length with every weight frozen (sec. 4, eq. 4 to 6, app. A):
                from the best uniform one, 200 steps of AdamW, never below 1 (the focus constraint)
-  uniform-log  the same two for the slope, never below 0, with scale 1: the model is unchanged, bit for bit, up to its
-  head-log     training length, and past it sharpens with the logarithm of what each query sees
+  uniform-log  the same two, read as a slope: at --length the same temperatures, but none up to the training length, where
+  head-log     the model is unchanged, bit for bit, and in between and beyond what the logarithm of the length asks for
 for RoPE, by slower rotation, without training (fine-tune with train.py --init_from, --length):
   pi           every frequency divided by s = length / L (Chen et al. 2023)
   ntk          a larger base; recomputed for each evaluated length it is dynamic NTK (bloc97 2023)
@@ -174,27 +174,16 @@ def loss_of(model, data, bos, args, env):
     return total.item()
 
 
-def knob(args):
-    """Which of the two numbers of a temperature the method turns."""
-    return 'slope' if args.method.endswith('-log') else 'scale'
-
-
-def set_uniform(model, lam, args):
-    """One temperature for all heads: lam everywhere, or with a -log method for the query at args.length."""
-    slope = knob(args) == 'slope'
-    set_heads(model, (lam - 1) / math.log(args.length / model.config.block_size) if slope else lam, knob(args))
-
-
 def uniform(model, data, bos, args, env):
-    """Tries every lambda of args.grid, the temperature at args.length -> (best lambda, [(lambda, loss)])."""
+    """Tries every lambda of args.grid at args.length -> (best lambda, [(lambda, loss)])."""
     curve = []
     for lam in tqdm(args.grid, desc=f'uniform at {args.length}', disable=not env.master, leave=False, dynamic_ncols=True):
-        set_uniform(model, lam, args)
+        set_heads(model, lam)
         curve.append((lam, loss_of(model, data, bos, args, env)))
     best = min(curve, key=lambda c: c[1])[0]
-    set_uniform(model, best, args)
+    set_heads(model, best)
     width = 40 / max(1e-9, max(c[1] for c in curve) - min(c[1] for c in curve))
-    env.print(f'uniform lambda at {"length" if knob(args) == "scale" else "position"} {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
+    env.print(f'uniform lambda at {args.length}, loss on {args.grid_batches * args.batch * args.length:,} tokens:')
     for lam, loss in curve:
         env.print(f'  {lam:5.2f}  {loss:.4f}  ' + '#' * int((loss - min(c[1] for c in curve)) * width) + ('  <- best' if lam == best else ''))
     return best, curve
@@ -291,14 +280,13 @@ def batch(data, bos, args, env, seed, step):
 
 def tune(model, data, bos, args, env):
     """
-    The paper's head-based tuning of the temperatures that `model` has now (head-log: of their slopes): everything else
-    frozen, language-model loss at args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth
-    of the steps, a cosine to a tenth. With args.focus no scale goes below 1 (eq. 6), no slope below 0. Returns the losses.
+    The paper's head-based tuning of the temperatures that `model` has now: everything else frozen, language-model loss at
+    args.length, AdamW (0.9, 0.95) without decay, clipping at 1, linear warm-up over a tenth of the steps, a cosine to a
+    tenth. With args.focus none goes below 1 (eq. 6). Returns the losses.
     """
     model.requires_grad_(False)
     model.activation_checkpointing = args.activation_checkpointing
-    what = knob(args)
-    params = [getattr(b.attn, what).requires_grad_() for b in model.blocks]
+    params = [b.attn.scale.requires_grad_() for b in model.blocks]
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     net = torch.compile(model, dynamic=False) if (args.compile if args.compile is not None else 'cuda' in env.device) else model
     losses, warmup = [], max(1, args.steps // 10)
@@ -324,10 +312,10 @@ def tune(model, data, bos, args, env):
         opt.zero_grad()
         if args.focus:
             for p in params:
-                p.data.clamp_(min=1.0 if what == 'scale' else 0.0)
+                p.data.clamp_(min=1.0)
         losses.append(flat[0].item())
         lam = torch.cat([p.data for p in params])
-        bar.set_postfix_str(f'loss {losses[-1]:.4f}, {what} {lam.min().item():.2f} to {lam.max().item():.2f}')
+        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min().item():.2f} to {lam.max().item():.2f}')
     return losses
 
 
@@ -389,11 +377,11 @@ def main():
     p.add_argument('--length', type=int, help='tokens a row while extending, L\' in the paper (default 4 times the training length)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
     # uniform, and where head starts
-    p.add_argument('--grid', type=float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size); uniform-log: those at --length')
+    p.add_argument('--grid', type=float_list, default=[1 + i / 10 for i in range(16)], help='lambdas to try, in units of 1/sqrt(head size)')
     p.add_argument('--grid_batches', type=int, default=4, help='batches that each candidate is tried on')
     # head; the paper's values (app. A)
-    p.add_argument('--init', type=best_or_float, default='best', help='best: the best uniform lambda, found first; or a number (head-log: the lambda at --length)')
-    p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every scale at 1 or above (eq. 6), every slope at 0 or above')
+    p.add_argument('--init', type=best_or_float, default='best', help='best: the best uniform lambda, found first; or a number')
+    p.add_argument('--focus', action=argparse.BooleanOptionalAction, default=True, help='keep every lambda at 1 or above (eq. 6)')
     p.add_argument('--lr', type=float, default=0.05, help='0.05 or 0.1 in the paper')
     p.add_argument('--steps', type=int, default=200)
     p.add_argument('--batch', type=int, default=8, help='rows a step, over all processes')
@@ -459,7 +447,7 @@ def main():
         io.fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if (args.method in ROPE or args.method == 'longrope') and (model.config.pe != 'rope' or model.config.rope_inv_freq or args.length < L):
         io.fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length above {L}: this one is pe={model.config.pe}')
-    if knob(args) == 'slope' and args.length <= L:
+    if args.method.endswith('-log') and args.length <= L:
         io.fail(f'--method {args.method} changes what lies past the training length {L}: --length {args.length} must be longer')
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}' + (f' at {args.length} ({args.length / L:g}x)' if args.method != 'none' else ''))
 
@@ -484,9 +472,12 @@ def main():
         elif not tuned or args.init == 'best':
             best, curve = uniform(model, data, meta['bos'], args, env)
         if tuned:
-            set_uniform(model, max(best, float(args.focus)) if args.init == 'best' else args.init, args)
+            set_heads(model, max(best, float(args.focus)) if args.init == 'best' else args.init)
             losses = tune(model, data, meta['bos'], args, env)
-            env.print(f'{knob(args)} of each head (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model, knob(args)).tolist()))
+            env.print(f'lambda of each head at {args.length} (a row a layer):\n' + '\n'.join('  ' + ' '.join(f'{x:5.2f}' for x in row) for row in heads(model).tolist()))
+        if args.method.endswith('-log'):             # lambda = 1 + slope ln(length / L)
+            set_heads(model, (heads(model) - 1) / math.log(args.length / L), 'slope')
+            set_heads(model, 1)
         name = f'{args.method}-{args.length}'
         tried = curve[-1][0] if args.method == 'longrope' else len(curve)
         tokens = len(losses) * args.batch * args.length + tried * args.grid_batches * args.batch * args.length

@@ -8,9 +8,9 @@ with a switch for the position encoding and one attention temperature for each h
     idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')
 
 The attention temperature is written in units of 1/sqrt(head size), so 1.0 is what pre-training used:
-    alpha_ij = softmax_j(lambda_h(i) q_i.k_j / sqrt(hs)),   lambda_h(i) = scale_h + slope_h * ln max(1, i / block_size)
-for the query that sees i keys (Wang et al. 2024, eq. 3 and 4, where slope is 0). Multiplied into q it costs nothing,
-and attention stays on the fused kernel.
+    alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
+for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). Multiplied into q it costs nothing, and
+attention stays on the fused kernel.
 """
 import math
 from dataclasses import dataclass
@@ -67,10 +67,13 @@ PRESETS = dict(
 
 
 class KVCache:
-    """Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length."""
+    """
+    Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length. length: how
+    many tokens there will be, where that is known: a temperature with a slope goes by it from the first token on.
+    """
 
-    def __init__(self):
-        self.kv, self.len = {}, 0    # layer -> (k, v), each (B, nkv, capacity, hs); tokens held
+    def __init__(self, length=0):
+        self.kv, self.len, self.length = {}, 0, length           # layer -> (k, v), each (B, nkv, capacity, hs); tokens held
 
     def update(self, layer, k, v):
         """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
@@ -149,7 +152,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if self.qk_norm:                             # after the rotation or before it is the same: no gain
             q, k = (F.rms_norm(z, (self.hs,), eps=self.eps) for z in (q, k))
-        lam = self.scale[:, None] + self.slope[:, None] * log_len    # (nh, T), fp32
+        lam = self.scale[:, None] + self.slope[:, None] * log_len    # (nh, 1), fp32
         q = q * lam[:, :, None]                      # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
@@ -248,7 +251,8 @@ class GPT(nn.Module):
         elif c.pe == 'rope':
             angle = pos[:, None].float() * torch.where(pos[:, None] < c.rope_start, self.trained_freq, self.inv_freq)
             rope = angle.cos(), angle.sin()          # (T, hs/2) each
-        log_len = ((pos + 1) / c.block_size).clamp(min=1).log()      # 0 up to block_size
+        n = (pos[-1:] + 1).clamp(min=cache.length if cache is not None else 0)
+        log_len = (n / c.block_size).clamp(min=1).log()              # (1,): 0 up to block_size
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
@@ -278,7 +282,7 @@ class GPT(nn.Module):
         """
         if idx.size(1) == 0:
             raise ValueError('generate goes on from at least one token: begin with BOS')
-        cache, new = KVCache(), idx
+        cache, new = KVCache(idx.size(1) + max_new_tokens - 1), idx
         for _ in range(max_new_tokens):
             logits = self(new, rows=slice(-1, None), cache=cache)[0][:, -1].float()      # (B, V)
             if temperature == 0:

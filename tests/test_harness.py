@@ -83,7 +83,7 @@ def saved(tmp_path, tokenizer):
 
 def logprob(model, ids, n):
     """Log-probability of the last n of the ids, and whether each is the likeliest: the whole forward pass, written out."""
-    logits = model(torch.tensor([ids]))[0][0].double()
+    logits = model(torch.tensor([ids[:-1]]))[0][0].double()
     logp = logits - torch.logsumexp(logits, -1, keepdim=True)
     return sum(logp[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))), all(logp[i - 1].argmax() == ids[i] for i in range(len(ids) - n, len(ids)))
 

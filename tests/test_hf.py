@@ -207,12 +207,13 @@ def test_temperatures_fold(saved, tmp_path):
     for pe in 'nope', 'rope':
         model = build(pe=pe)
         extend.set_heads(model, torch.rand(2, 4) + 0.5)
+        extend.set_heads(model, torch.rand(2, 4) - 0.5, 'slope')                 # is as it stands at 64 tokens
         checkpoint(tmp_path / f'{pe}.pt', model, extended=dict(length=64))
         assert run(main, tmp_path / f'{pe}.pt', tmp_path / pe) == 0 and run(main, tmp_path / pe, tmp_path / f'{pe}-2.pt') == 0
         ours = io.load_checkpoint(str(tmp_path / f'{pe}-2.pt'))
         assert all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale')) and ours['config']['block_size'] == 32
-        assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale')}
-        close(logits(tmp_path / f'{pe}-2.pt', tokens(2, 90)), model(tokens(2, 90))[0])
+        assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale', 'slope')}
+        close(logits(tmp_path / f'{pe}-2.pt', idx := tokens(2, 64)), model(idx)[0])
         # folded in fp32, rounded once
         assert run(main, tmp_path / f'{pe}.pt', tmp_path / f'{pe}-bf16', '--dtype bf16') == 0 and config_of(tmp_path / f'{pe}-bf16')['torch_dtype'] == 'bfloat16'
         full, half = (torch.load(f'{tmp_path}/{pe}{x}/pytorch_model.bin') for x in ('', '-bf16'))
@@ -332,9 +333,6 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, capsys, monkeypatch):
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
     case('qk_norm', build(qk_norm=True))
-    sloped = build()
-    extend.set_heads(sloped, 0.1, 'slope')
-    case('slope', sloped)
     case('rope_start 4 n-hat', build(pe='rope', rope_start=4, rope_inv_freq=[1.0, 0.1, 0.01, 0.001]))
     case('--pe --init_from', build(pe='rope'), '--pe nope')
     (tmp_path / 'full').mkdir()

@@ -59,7 +59,7 @@ def reference(model, idx):
     """The network in float64, from the papers' equations: a GPT's config and weights, idx (T,) -> logits (T, V)."""
     c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
     T, hs = len(idx), c.n_embd // c.n_head
-    i = torch.arange(1, T + 1).double()              # how many keys each query sees
+    i = torch.arange(1, T + 1).double()              # positions, from 1
 
     def norm(x, gain=1):                             # RMSNorm: x / sqrt(mean x^2 + eps)
         return gain * x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps) ** 0.5
@@ -87,8 +87,8 @@ def reference(model, idx):
                 turn = torch.exp(1j * (i[:, None] - 1) * theta)
                 q, k = (torch.view_as_real(torch.complex(z[:, :hs // 2], z[:, hs // 2:]) * turn).mT.flatten(1) for z in (q, k))
             # Wang et al. 2024, eq. 4: the temperature on the scores
-            lam = part['attn.scale'][a] + part['attn.slope'][a] * torch.log(torch.maximum(i / c.block_size, i / i))
-            s = lam[:, None] * (q @ k.T) / hs ** 0.5
+            lam = part['attn.scale'][a] + part['attn.slope'][a] * math.log(max(1, T / c.block_size))
+            s = lam * (q @ k.T) / hs ** 0.5
             for t in range(T):                       # a bias by distance, on the scores
                 for j in range(t + 1):
                     if c.pe == 'alibi':              # Press et al. 2022, sec. 3: n a power of two
@@ -125,7 +125,7 @@ def test_no_logit_depends_on_a_later_token(pe):
 @every_pe
 @pytest.mark.parametrize('chunks', [[1] * 80, [5, 1, 9, 1, 24, 2, 38], [79, 1]])
 def test_cached_decoding_is_the_full_forward(pe, chunks):
-    model, cache = heat(build(pe, block_size=80 if pe == 'learned' else L)), KVCache()      # 80: the cache has to grow
+    model, cache = heat(build(pe, block_size=80 if pe == 'learned' else L)), KVCache(80)    # 80: the cache has to grow
     idx = tokens(2, 80)
     close(torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1), model(idx)[0])
 
@@ -143,8 +143,8 @@ def test_generate_takes_the_likeliest_token(pe):
     model = heat(build(pe))
     prompt = tokens(2, 5)
     naive = prompt
-    while naive.size(1) < span(pe):                  # no cache, every logit
-        naive = torch.cat((naive, model(naive)[0][:, -1:].argmax(-1)), dim=1)
+    while (n := naive.size(1)) < span(pe):           # no cache, every logit, in a row as long as it will be
+        naive = torch.cat((naive, model(F.pad(naive, (0, span(pe) - 1 - n)))[0][:, n - 1:n].argmax(-1)), dim=1)
     assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0), naive)
     assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0.5, top_k=1), naive)
 
@@ -193,15 +193,21 @@ def test_temperature_one_is_the_identity_bit_for_bit(autocast, monkeypatch):
 
 
 @every_pe
-def test_slope_acts_past_block_size_only(pe):
-    model = build(pe)
-    idx = tokens(2, span(pe))
-    before = model(idx)[0]
-    for block in model.blocks:
+def test_slope_is_one_temperature_a_length_and_none_up_to_block_size(pe):
+    model, sloped, idx = build(pe), build(pe), tokens(2, span(pe))
+    for block in sloped.blocks:
         block.attn.slope.data.uniform_(0.2, 0.5)
-    after = model(idx)[0]
-    assert torch.equal(before[:, :L], after[:, :L])
-    assert (before[:, L:] != after[:, L:]).any(-1).all()
+    for n in (1, 2, L - 1, L):
+        assert torch.equal(model(idx[:, :n])[0], sloped(idx[:, :n])[0])
+    if pe != 'learned':                              # which has no past
+        for a, b in zip(model.blocks, sloped.blocks):
+            a.attn.scale.data.copy_(1 + b.attn.slope * math.log(40 / L))
+        close(model(idx)[0], sloped(idx)[0])
+    # a decoder that is told its length has that temperature from the start; one that is not, that of what it holds
+    told, grown = KVCache(40), KVCache()
+    if pe != 'learned':
+        close(sloped(idx[:, :5], cache=told)[0], model(idx)[0][:, :5])
+    close(sloped(idx[:, :5], cache=grown)[0], sloped(idx[:, :5])[0])
 
 
 @pytest.mark.parametrize('pe', ['nope', 'rope'])

@@ -10,8 +10,8 @@ script opens them in fp32. block_size is the length before any RoPE scaling. --p
 A tied head becomes a matrix of its own. Frequencies here do not change with the length of the input, so two scalings are
 frozen: `dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
 Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied into
-q_proj in fp32; what no fixed matrix holds (slopes, QK-norm, LongRoPE's n-hat, other encodings) is refused. The tokenizer's
-files go along where it is hf:DIR.
+q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds (QK-norm,
+LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
 import json
 import math
@@ -248,8 +248,6 @@ def write(ckpt, folder, dtype):
         io.fail(f'pe={c.pe}: no architecture of transformers {none}')
     if c.qk_norm:
         io.fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
-    if any(model[k].any() for k in model if k.endswith('.slope')):
-        io.fail('slope: a temperature that grows with the position does not fold into q_proj, so it cannot be exported')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         io.fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
@@ -269,7 +267,7 @@ def write(ckpt, folder, dtype):
         config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
     io.preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
 
-    scale, state = {k: model[k] for k in model if k.endswith('.scale')}, {}
+    scale, state = {k: model[k] + model[k.replace('scale', 'slope')] * math.log(n / c.block_size) for k in model if k.endswith('.scale')}, {}
     for k in list(model):
         w = model.pop(k)                             # one copy at a time
         if k.endswith(('.scale', '.slope')) or k.startswith('pos_') or tied and k == 'lm_head.weight':

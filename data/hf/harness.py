@@ -11,6 +11,7 @@ to); tokenizer (a folder, for tasks that build their prompts with it; default th
 True: rows begin with BOS in training); truncation_side (left, middle or right; default middle); dtype. Decoding is greedy
 and one prompt at a time; --batch_size is for scoring. One process.
 """
+from itertools import groupby
 from types import SimpleNamespace
 
 import torch
@@ -46,6 +47,7 @@ class NanoNoPE(TemplateLM):
             io.fail('data.hf.harness is one process: start it without torchrun')
         ckpt = io.load_checkpoint(str(ckpt))
         self.model = io.load_model(ckpt).to(self.env.device).eval()
+        self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
         self.ends = {self.tok.eos, *(i for v in ids for i in (v if isinstance(v, list) else [v]))}       # Llama 3 has several
@@ -72,8 +74,9 @@ class NanoNoPE(TemplateLM):
         """[(_, context ids, continuation ids)] -> [(log-probability of the continuation in nats, is it the greedy one)]."""
         ids = [self.anchor(context + continuation, self.max_length + 1, 'left') for _, context, continuation in requests]
         out, order = [None] * len(ids), sorted(range(len(ids)), key=lambda i: -len(ids[i]))      # the longest first: memory shows at once
-        for at in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm):
-            batch = order[at:at + self.batch_size]
+        # with slopes the length is part of the temperature, and nothing may pad
+        groups = [list(g) for _, g in groupby(order, key=lambda i: len(ids[i]) * self.sloped)]
+        for batch in tqdm([g[at:at + self.batch_size] for g in groups for at in range(0, len(g), self.batch_size)], disable=disable_tqdm):
             T = len(ids[batch[0]]) - 1
             x = torch.tensor([ids[i][:-1] + [0] * (T + 1 - len(ids[i])) for i in batch], device=self.env.device)     # what pads stands where nothing looks
             n = [min(len(requests[i][2]), len(ids[i]) - 1) for i in batch]
@@ -117,7 +120,7 @@ class NanoNoPE(TemplateLM):
             whole = self.tok_encode(context)
             ids = self.anchor(whole, self.max_length - n, self.side)
             cut += len(ids) < len(whole)
-            cache, new, text = KVCache(), [], ''
+            cache, new, text = KVCache(len(ids) + n - 1), [], ''
             while len(new) < n and not any(s in text for s in until):
                 with self.env.autocast():
                     x = torch.tensor([new[-1:] or ids], device=self.env.device)
