@@ -3,7 +3,7 @@
 # make table                        three seeds with the ablations; skips what results/tiny.csv already has
 # make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (hours)
 # make test                         the test suite
-# make figure                       results/tiny.png from results/tiny.csv (installs matplotlib)
+# make figure                       results/tiny*.png from results/tiny.csv and tiny-encodings.csv (installs matplotlib)
 #
 # Each makes .venv by itself. PYTHON=python3 uses an interpreter that has the packages already;
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" installs the small CPU build on Linux.
@@ -34,7 +34,8 @@ encodings: $(VENV)
 
 figure: $(VENV)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --csv results/tiny.csv --plot results/tiny.png
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --csv results/tiny.csv --plot results/tiny.png --no_run
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --plot results/tiny-encodings.png --no_run
 
 test: $(VENV)
 	$(PYTHON) -m pytest -q tests

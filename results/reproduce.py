@@ -81,6 +81,14 @@ EXTENSIONS = HEADLINE[:3] + [
     Row('DroPE, no QK-norm', 'drope-no-qk-norm'),
     Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
 ]
+GROUPS = {                                           # columns of its figure
+    'position encodings': ('NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE'),
+    'NoPE, sharpened': ('NoPE', 'NoPE uniform', 'NoPE uniform-log', 'NoPE head', 'NoPE head-log'),
+    'RoPE, stretched': ('RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE dynamic NTK', 'RoPE YaRN', 'RoPE LongRoPE'),
+    'RoPE, stretched and trained on': ('RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x', 'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'),
+    'DroPE beside YaRN': ('RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log', 'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'),
+}
+MAIN = ('NoPE', 'NoPE uniform', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform')
 TABLES = dict(headline=HEADLINE, ablations=ABLATIONS, encodings=EXTENSIONS)
 
 # real text, small: NoPE, RoPE, and DroPE from the finished RoPE (an eighth of its tokens more)
@@ -178,20 +186,45 @@ def where(out, base, seed, name):
     return f'{out}/{base}-{seed}/{name.replace(",", "").replace(" ", "-").lower()}'
 
 
-def plot(rows, order, lengths, L, file):
+def plot(rows, groups, lengths, L, file):
+    """groups: {title: names of rows}, a column each: passkey accuracy and loss by length, mean and range of the seeds."""
     plt = io.pyplot(file)
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for ax, key, label in zip(axes, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
-        for name in order:
-            cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
-            if any(cells):
-                at = [i for i, c in enumerate(cells) if c]
-                line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='o', label=name)
-                ax.fill_between(at, [min(cells[i]) for i in at], [max(cells[i]) for i in at], color=line.get_color(), alpha=0.15)
-        ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
-        ax.set_xticks(range(len(lengths)), [f'{n / L:g}x\n{n}' for n in lengths])
-        ax.set(xlabel='length (dashed: training length)', ylabel=label)
-    axes[0].legend()
+    fig, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 7.5), layout='constrained', squeeze=False, sharey='row')
+    for column, (title, names) in zip(axes.T, groups.items()):
+        for ax, key, label in zip(column, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
+            for name in names:
+                cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
+                if any(cells):
+                    at = [i for i, c in enumerate(cells) if c]
+                    line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='.', label=name)
+                    ax.fill_between(at, [min(cells[i]) for i in at], [max(cells[i]) for i in at], color=line.get_color(), alpha=0.15)
+            ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
+            ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
+            ax.set(xlabel='length / training length', ylabel=label if ax in axes[:, 0] else '')
+        column[0].set_title(title)
+        column[1].set_ylim(top=min(column[1].get_ylim()[1], 3))
+        column[1].legend(fontsize='small')
+    fig.savefig(file, dpi=130)
+    print(file)
+
+
+def plot_heat_maps(todo, out, seed, L, file):
+    """Passkey accuracy by length and depth of these rows, one seed."""
+    plt = io.pyplot(file)
+    found = {r.name: f for r in todo for f in glob.glob(f'{where(out, r.run, seed, r.name)}/*.passkey.csv')}
+    if not found:
+        return print(f'{file} needs the runs of seed {seed} in {out}: not drawn')
+    fig, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), layout='constrained', squeeze=False, sharey=True)
+    for ax, (name, f) in zip(axes[0], found.items()):
+        rows = [{k: float(r[k]) for k in ('length', 'depth', 'accuracy')} for r in io.read_csv(f)]
+        lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
+        grid = [[statistics.mean(r['accuracy'] for r in rows if (r['length'], r['depth']) == (n, d)) for n in lengths] for d in depths]
+        ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
+        ax.axvline(sum(n <= L for n in lengths) - 0.5, color='black', linestyle='--', linewidth=1)
+        ax.set(title=name, xlabel='length / training length')
+        ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
+        ax.set_yticks(range(len(depths)), [f'{d:.0%}' for d in depths])
+    axes[0, 0].set_ylabel('depth of the key')
     fig.savefig(file, dpi=130)
     print(file)
 
@@ -231,7 +264,8 @@ def main():
     p.add_argument('--out', default='out', help='folder for data and runs')
     p.add_argument('--text', metavar='DIR', help='scales small and paper: train and measure on these text files, one file a document (default: downloaded corpora)')
     p.add_argument('--tokenizer', help='of that text (default: gpt2; for paper hf:TinyLlama-NoPE-1.1B)')
-    p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length, and in FILE-entropy.png attention entropy of the first seed')
+    p.add_argument('--plot', metavar='FILE.png', help='draw loss and passkey accuracy by length; of the first seed attention entropy in FILE-entropy.png, passkey by depth in FILE-passkey.png')
+    p.add_argument('--no_run', action='store_true', help='run nothing: table and figures of what the csv has')
     p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations results/SCALE.csv, encodings results/SCALE-encodings.csv)')
     args = p.parse_args()
     if args.scale not in SCALES:
@@ -276,7 +310,9 @@ def main():
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
         flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype {dtype} {scale["measure"]} {scale["passkey"]}' + f' on {known[measured_on]}' * (measured_on != 'passkey_rare')])
     done = [d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
-    missing = {seed: [r for r in todo if not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
+    missing = {seed: [r for r in todo if not args.no_run and not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
+    if args.no_run and not any(d['row'] in names for d in done):
+        io.fail(f'{file} has no row of this table made with these flags: leave out --no_run')
     for corpus, (source, options) in corpora.items():
         if any(missing.values()) and not os.path.exists(f'{out}/{folder_of[corpus]}/meta.json'):
             run(f'-m data.{source}.prepare', f'--out {out}/{folder_of[corpus]} {options}')
@@ -318,7 +354,7 @@ def main():
 
     for seed in args.seeds:
         left = missing[seed]
-        if len(left) < len(todo):
+        if len(left) < len(todo) and not args.no_run:
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
         for generation in zip_longest(*(line(r.run) for r in left)):
@@ -338,8 +374,9 @@ def main():
                     [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in io.read_csv(f'{folder}/{f}')], L))
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
-        plot(done, names, lengths, L, args.plot)
-        plot_entropy(todo, out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
+        plot(done, GROUPS if args.table == 'encodings' else {args.scale: names}, lengths, L, args.plot)
+        plot_entropy([r for r in todo if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
+        plot_heat_maps([r for r in todo if r.name in MAIN], out, args.seeds[0], L, '-passkey'.join(os.path.splitext(args.plot)))
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

@@ -188,12 +188,18 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     try:
         import matplotlib                            # noqa: F401 (optional)
         assert in_process(reproduce.main, flags, f'--plot {tmp_path}/table.png') == 0
-        assert all((tmp_path / f).stat().st_size > 10_000 for f in ('table.png', 'table-entropy.png'))
+        assert all((tmp_path / f).stat().st_size > 10_000 for f in ('table.png', 'table-entropy.png', 'table-passkey.png'))
     except ImportError:
         pass
     monkeypatch.setattr(reproduce, 'run', lambda *_, **__: pytest.fail('nothing is left to do'))
     monkeypatch.setattr(reproduce, 'train', lambda runs: runs and pytest.fail('nothing is left to train'))
     assert in_process(reproduce.main, flags) == 0
+    # a csv that lacks rows is shown as it is, one that has none is refused
+    part = [line for line in open(f'{tmp_path}/rows.csv') if line.startswith(('seed', '1,ALiBi'))]
+    open(f'{tmp_path}/rows.csv', 'w').writelines(part)
+    assert in_process(reproduce.main, flags, '--no_run') == 0 and '\n| ALiBi |' in last_table(capsys.readouterr().out)
+    open(f'{tmp_path}/rows.csv', 'w').writelines(part[:1])
+    assert in_process(reproduce.main, flags, '--no_run') == 2 and capsys.readouterr().err.startswith(f'error: {tmp_path}/rows.csv has no row')
 
 
 def last_table(out):

@@ -387,11 +387,22 @@ def test_checkpoint_form(trained):
     assert all((v == k.endswith('scale')).all() for k, v in ckpt['model'].items() if k.endswith(('scale', 'slope')))
 
 
-@pytest.mark.skipif(not (os.environ.get('NANONOPE_SLOW') and shutil.which('g++')), reason='minutes: NANONOPE_SLOW=1, with g++')
-def test_compiled_run_saves_the_bare_module(corpus, tmp_path):
-    for flag in '--compile', '--no-compile':
-        assert run(train.main, TINY, flag, f'--steps 3 --optimizer adamw --lr 1e-4 --data {corpus} --out {tmp_path}/{flag}') == 0
-    close(tmp_path / '--compile', tmp_path / '--no-compile')
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on CPU needs g++')
+@pytest.mark.parametrize('dtype, tol', [('fp32', 1e-5), ('bf16', 0.02)])
+def test_two_compiled_processes_are_one_plain(dtype, tol, corpus, tmp_path):
+    """The path of a GPU node, here under gloo: compiled, DDP, bf16. Weights in fp32; losses and gradients where bf16 rounds otherwise once fused."""
+    flags = f'{TINY} --min_length 64 --dtype {dtype} --steps 3 --warmup 1 --eval_every 3 --optimizer adamw --lr 1e-4 --data {corpus}'
+    assert run(train.main, flags, f'--no-compile --out {tmp_path}/plain') == 0
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
+    p = subprocess.run([*torchrun, *f'{flags} --compile --out {tmp_path}/compiled'.split()], capture_output=True, text=True, timeout=300,
+                       cwd=os.path.dirname(train.__file__), env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert p.returncode == 0, p.stderr
+    assert 'compile on' in p.stdout
+    for a, b in zip(rows(tmp_path / 'compiled'), rows(tmp_path / 'plain'), strict=True):
+        assert a == pytest.approx(b, rel=tol)
+    if dtype == 'fp32':
+        close(tmp_path / 'compiled', tmp_path / 'plain')
+    assert list(io.load_checkpoint(f'{tmp_path}/compiled')['model']) == list(io.load_checkpoint(f'{tmp_path}/plain')['model'])      # the bare module's names
 
 
 @pytest.fixture(scope='session')
