@@ -178,6 +178,10 @@ def table(rows, order, lengths, L):
             if any(cells):
                 fewer = f' ({len(cells[0])} of {len(seeds)} seeds)' if len(cells[0]) < len(seeds) else ''
                 out.append(f'| {name}{fewer} | ' + ' | '.join(mean_sd(c, digits) if c else '' for c in cells) + ' |')
+    cost = {name: [r for r in rows if r['row'] == name and r.get('extended_s') and int(r['tokens'])] for name in order}
+    if any(cost.values()):
+        out += ['', '| what extending cost | tokens | seconds |', '|---|---|---|']
+        out += [f'| {name} | {int(found[0]["tokens"]):,} | {mean_sd([float(r["extended_s"]) for r in {r["seed"]: r for r in found}.values()], 0)} |' for name, found in cost.items() if found]
     return '\n'.join(out)
 
 
@@ -323,7 +327,7 @@ def main():
 
     def make(r, seed, threads, seen):
         """Extends and measures a row of a seed -> its lines of the csv. What is not seen goes to FOLDER.txt."""
-        began, ckpt, folder, cells = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), {}
+        began, ckpt, folder, cells, tokens = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), {}, 0
         do = partial(run, threads=threads, log=None if seen else f'{folder}.txt', processes=processes)
 
         def measure(ckpt, lengths):
@@ -334,6 +338,7 @@ def main():
             ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('paper.ppl' if 'paper' in scale['measure'] else 'ppl', 'passkey'))
             return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
 
+        extended = 0
         if r.method == 'ntk-dynamic':                # the static one, anew for each length; the longest stays, so that the tokens are the same
             for n in lengths:
                 at = ckpt
@@ -345,12 +350,15 @@ def main():
             if r.method:
                 do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0')
                 ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
+                tokens = io.load_checkpoint(ckpt)['extended']['tokens']
             if r.then:
                 do('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{folder_of[r.corpus]} --seed {seed} --resume --out {folder}/on')
                 ckpt = f'{folder}/on'
+                tokens += io.load_checkpoint(ckpt)['tokens']
+            extended = time.time() - began
             cells = measure(ckpt, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
-        return [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits),
-                     seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
+        return [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits), tokens=tokens,
+                     extended_s=f'{extended:.0f}', seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
 
     for seed in args.seeds:
         left = missing[seed]

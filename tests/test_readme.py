@@ -100,6 +100,7 @@ def test_reproduce_toy(tmp_path):
     assert first.stdout[first.stdout.rindex('rows measured'):].count('| = training length 128') == 5      # the heat maps, at the end
     rows = io_rows(f'{tmp_path}/toy/table.csv')
     assert len(rows) == 5 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
+    assert {r['row']: int(r['tokens']) for r in rows} == {'NoPE': 0, 'NoPE uniform': 2 * 2 * 256, 'NoPE head': (2 + 2) * 2 * 256, 'RoPE': 0, 'RoPE YaRN': 0}
     # once more: nothing is left to do, and the table is the same
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and 'extend.py' not in again.stdout and io_rows(f'{tmp_path}/toy/table.csv') == rows
