@@ -143,7 +143,8 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(io, 'open_data', lambda *_: ((), {}))
     monkeypatch.setattr(io, 'documents', lambda *_: [range(10**6)])
-    with pytest.raises(TypeError):                   # nothing ran, so there is no checkpoint to open
+    monkeypatch.setattr(io, 'load_checkpoint', lambda *_: dict(extended=dict(tokens=0)))
+    with pytest.raises(TypeError):                   # nothing ran, so there is no result to read
         in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper')
     assert [(c[0], c[-1]) for c in commands] == [('-m data.slimpajama_starcoder.prepare', 1), ('-m data.pg19.prepare', 1)] + [(s, 8) for s in ('train.py', 'train.py', 'extend.py', 'extend.py', 'eval_passkey.py')]
     assert '--preset tinyllama --pe nope --steps 50000' in commands[2][1] and '--method head' in commands[4][1] and '--protocol paper' in commands[5][1]      # what takes longest first
