@@ -81,17 +81,15 @@ def heat_map(rows, block_size):
                      + [line('mean', lambda L: f'{mean(L):.0%}')] + [f'        depth down; | = training length {block_size}'])
 
 
-def plot(rows, block_size, title, file):
-    plt = io.pyplot(file)
+def draw(ax, rows, block_size, title):
+    """The heat map on an axis of matplotlib."""
     lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
     grid = [[np.mean([r['accuracy'] for r in rows if (r['length'], r['depth']) == (L, d)]) for L in lengths] for d in depths]
-    fig, ax = plt.subplots(figsize=(1 + 0.7 * len(lengths), 4), layout='constrained')
     ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
     ax.axvline(sum(L <= block_size for L in lengths) - 0.5, color='black', linestyle='--')
-    ax.set(title=title, xlabel='length (tokens); dashed: training length', ylabel='depth of the key')
-    ax.set_xticks(range(len(lengths)), lengths)
+    ax.set(title=title, xlabel='length / training length (dashed)', ylabel='depth of the key')
+    ax.set_xticks(range(len(lengths)), [f'{n / block_size:g}' for n in lengths])
     ax.set_yticks(range(len(depths)), [f'{d:.0%}' for d in depths])
-    fig.savefig(file, dpi=150)
 
 
 def main():
@@ -178,7 +176,9 @@ def main():
     env.print(heat_map(rows, L))
     env.print(file)
     if args.plot and env.master:
-        plot(rows, L, f'passkey: {args.ckpt}', args.plot)
+        fig, ax = io.pyplot(args.plot).subplots(figsize=(1 + 0.7 * len(lengths), 4), layout='constrained')
+        draw(ax, rows, L, f'passkey: {args.ckpt}')
+        fig.savefig(args.plot, dpi=150)
     io.finish()
 
 

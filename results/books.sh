@@ -31,8 +31,8 @@ measure() {
     done
 }
 both() { stretch $1 $2 $3; measure $out/$1/$2-$3.pt; }
-(measure $out/nope/ckpt.pt; measure $out/rope/ckpt.pt; for n in 1024 2048; do both rope yarn $n; done; both nope uniform 1024; both nope head 1024) & other=$!
-both nope uniform 2048; both nope head 2048; wait $other
+(measure $out/nope/ckpt.pt; measure $out/rope/ckpt.pt; for n in 1024 2048; do both rope yarn $n; done; both nope uniform 1024; both nope head 1024; both nope head-log 1024) & other=$!
+both nope uniform 2048; both nope head 2048; both nope head-log 2048; wait $other
 
 echo corpus,model,checkpoint,length,stride,docs,tokens,nll,ppl > results/books.csv
 for f in $out/on-*/*/*.ppl.csv; do

@@ -9,6 +9,7 @@ in one, prints one table and the heat maps. What is there already is not run aga
     python -m results.reproduce --scale paper                                       # eight GPUs, days
 """
 import glob
+import json
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ import torch
 
 from data import io
 from model import ENCODINGS
-from eval_passkey import heat_map
+from eval_passkey import draw, heat_map
 
 # questions often, for most of the training; rarely, for the rest of it and for the extension; and in longer documents, for measuring past those
 CORPORA = dict(passkey='--retrieval 0.5', passkey_rare='--retrieval 0.7 --gap 200 --seed 1', passkey_long='--retrieval 0.7 --gap 200 --seed 2 --longest 16384')
@@ -124,7 +125,7 @@ SCALES = dict(
 def run(script, flags, threads=None, log=None, processes=1):
     """One command, shown as it would be typed; with a log it speaks there, and only its last line is said where it fails."""
     launch = f'-m torch.distributed.run --standalone --nproc_per_node={processes} ' if processes > 1 and script.endswith('.py') else ''
-    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {launch}{script} {flags}' + (f' > {log}' if log else ''), flush=True)
+    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {launch}{script} {flags}' + (f' >> {log} 2>&1' if log else ''), flush=True)
     with open(log, 'a') if log else nullcontext() as out:
         code = subprocess.call([sys.executable] + shlex.split(f'{launch}{script} {flags}'), stdout=out, stderr=log and subprocess.STDOUT,
                                env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
@@ -138,20 +139,30 @@ def run(script, flags, threads=None, log=None, processes=1):
 def side_by_side(jobs, processes=1):
     """
     Calls each job(threads, seen) and yields what they return, as they end. On CPU side by side, each with its share of the
-    cores, where only the first is seen; on GPUs, which each of them needs whole, one after the other.
+    cores, where only the first is seen; on GPUs, which each of them needs whole, one after the other. Where one fails none
+    begins any more, and what is running still counts.
     """
     cores = os.cpu_count() or 1
     workers = 1 if processes > 1 or torch.cuda.is_available() else min(len(jobs), cores)
     if workers <= 1:
         yield from (job(None, True) for job in jobs)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        ends = [pool.submit(job, cores // workers, not i) for i, job in enumerate(jobs)]
+    failed = []
+
+    def one(job, seen):
         try:
-            yield from (end.result() for end in as_completed(ends))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+            return None if failed else job(cores // workers, seen)
+        except BaseException as e:
+            failed.append(e)
+    with ThreadPoolExecutor(workers) as pool:
+        ends = [pool.submit(one, job, not i) for i, job in enumerate(jobs)]
+        try:
+            yield from (result for result in (end.result() for end in as_completed(ends)) if result)
+        except BaseException as e:                   # Ctrl-C
+            failed.append(e)
             raise
+    if failed:
+        raise failed[0]
 
 
 def train(runs, processes=1):
@@ -193,21 +204,24 @@ def where(out, base, seed, name):
 def plot(rows, groups, lengths, L, file):
     """groups: {title: names of rows}, a column each: passkey accuracy and loss by length, mean and range of the seeds."""
     plt = io.pyplot(file)
-    fig, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 7.5), layout='constrained', squeeze=False, sharey='row')
-    for column, (title, names) in zip(axes.T, groups.items()):
+    one = len(groups) == 1
+    fig, axes = plt.subplots(*(1, 2) if one else (2, len(groups)), figsize=(11, 4) if one else (4.2 * len(groups), 7.5), layout='constrained', squeeze=False, sharey='none' if one else 'row')
+    seeds, highest = len({r['seed'] for r in rows}), 4 * min(float(r['loss']) for r in rows)
+    for column, (title, names) in zip(axes if one else axes.T, groups.items()):
         for ax, key, label in zip(column, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
             for name in names:
                 cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
                 if any(cells):
                     at = [i for i, c in enumerate(cells) if c]
-                    line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='.', label=name)
+                    fewer = f' ({max(map(len, cells))} of {seeds} seeds)' if max(map(len, cells)) < seeds else ''
+                    line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='.', label=name + fewer)
                     ax.fill_between(at, [min(cells[i]) for i in at], [max(cells[i]) for i in at], color=line.get_color(), alpha=0.15)
             ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
             ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
-            ax.set(xlabel='length / training length', ylabel=label if ax in axes[:, 0] else '')
-        column[0].set_title(title)
-        column[1].set_ylim(top=min(column[1].get_ylim()[1], 3))
-        column[1].legend(fontsize='small')
+            ax.set(xlabel='length / training length', ylabel=label if one or column is axes.T[0] else '', title=title if ax is column[0] else '')
+        if column[1].get_ylim()[1] > highest:
+            column[1].set_ylim(top=highest)
+        column[0].legend(fontsize='small')
     fig.savefig(file, dpi=130)
     print(file)
 
@@ -218,17 +232,9 @@ def plot_heat_maps(todo, out, seed, L, file):
     found = {r.name: f for r in todo for f in glob.glob(f'{where(out, r.run, seed, r.name)}/*.passkey.csv')}
     if not found:
         return print(f'{file} needs the runs of seed {seed} in {out}: not drawn')
-    fig, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), layout='constrained', squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), layout='constrained', squeeze=False)
     for ax, (name, f) in zip(axes[0], found.items()):
-        rows = [{k: float(r[k]) for k in ('length', 'depth', 'accuracy')} for r in io.read_csv(f)]
-        lengths, depths = (sorted({r[k] for r in rows}) for k in ('length', 'depth'))
-        grid = [[statistics.mean(r['accuracy'] for r in rows if (r['length'], r['depth']) == (n, d)) for n in lengths] for d in depths]
-        ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
-        ax.axvline(sum(n <= L for n in lengths) - 0.5, color='black', linestyle='--', linewidth=1)
-        ax.set(title=name, xlabel='length / training length')
-        ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
-        ax.set_yticks(range(len(depths)), [f'{d:.0%}' for d in depths])
-    axes[0, 0].set_ylabel('depth of the key')
+        draw(ax, [{k: float(r[k]) for k in ('length', 'depth', 'accuracy')} for r in io.read_csv(f)], L, name)
     fig.savefig(file, dpi=130)
     print(file)
 
@@ -239,7 +245,7 @@ def plot_entropy(todo, out, seed, L, file):
     found = [(r, f) for r in todo for f in glob.glob(f'{where(out, r.run, seed, r.name)}/*.entropy.csv')]
     if not found:
         return print(f'{file} needs the runs of seed {seed} in {out}: not drawn')
-    tuned = [(r, f.replace('.entropy.csv', '.pt')) for r, f in found if r.method in ('head', 'head-log') and not r.then]
+    tuned = [(r, f.replace('.entropy.csv', '.pt')) for r, f in found if r.method in ('head', 'head-log')]
     fig, axes = plt.subplots(1, 1 + len(tuned), figsize=(6 + 3 * len(tuned), 4), layout='constrained', width_ratios=[2] + [1] * len(tuned), squeeze=False)
     for r, f in found:
         by_pos = {}
@@ -313,7 +319,7 @@ def main():
         parts = [f'{trained[name]} on {known.get(runs[name].corpus, runs[name].corpus)}' for name in line(r.run)]
         parts += [f'{extend[r.name]} on {r.corpus}'] * bool(r.method) + ([then[r.name]] if r.then else [])
         flags[r.name] = ' | '.join(parts + [f'--lengths {",".join(map(str, lengths))} --dtype {dtype} {scale["measure"]} {scale["passkey"]}' + f' on {known[measured_on]}' * (measured_on != 'passkey_rare')])
-    done = [d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
+    done = [dict(tokens='', extended_s='') | d for d in io.read_csv(file) if d['row'] not in flags or d.get('flags') == flags[d['row']]]
     missing = {seed: [r for r in todo if not args.no_run and not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     if args.no_run and not any(d['row'] in names for d in done):
         io.fail(f'{file} has no row of this table made with these flags: leave out --no_run')
@@ -350,12 +356,15 @@ def main():
             if r.method:
                 do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0')
                 ckpt = f'{folder}/{r.method}-{re.findall("--length ([0-9]+)", extend[r.name])[-1]}.pt'
-                tokens = io.load_checkpoint(ckpt)['extended']['tokens']
+                how = io.load_checkpoint(ckpt)['extended']
+                tokens, extended = how['tokens'], how['seconds']
             if r.then:
                 do('train.py', f'--init_from {ckpt} {then[r.name]} --data {out}/{folder_of[r.corpus]} --seed {seed} --resume --out {folder}/on')
                 ckpt = f'{folder}/on'
-                tokens += io.load_checkpoint(ckpt)['tokens']
-            extended = time.time() - began
+                more = io.load_checkpoint(ckpt)['tokens']
+                with open(f'{ckpt}/log.jsonl') as f:             # it may have been resumed
+                    speed = statistics.median(r['tok_s'] for r in map(json.loads, f) if 'tok_s' in r)
+                tokens, extended = tokens + more, extended + more / speed
             cells = measure(ckpt, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
         return [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits), tokens=tokens,
                      extended_s=f'{extended:.0f}', seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
@@ -382,7 +391,7 @@ def main():
                     [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in io.read_csv(f'{folder}/{f}')], L))
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
-        plot(done, GROUPS if args.table == 'encodings' else {args.scale: names}, lengths, L, args.plot)
+        plot([d for d in done if int(d['seed']) in args.seeds], GROUPS if args.table == 'encodings' else {'': names}, lengths, L, args.plot)
         plot_entropy([r for r in todo if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
         plot_heat_maps([r for r in todo if r.name in MAIN], out, args.seeds[0], L, '-passkey'.join(os.path.splitext(args.plot)))
     print(f'\n{file}; {time.time() - start:.0f} s')

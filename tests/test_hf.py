@@ -333,6 +333,9 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, capsys, monkeypatch):
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
     case('qk_norm', build(qk_norm=True))
+    sloped = build()
+    extend.set_heads(sloped, 0.1, 'slope')
+    case('slope past 32 extend.py', sloped)
     case('rope_start 4 n-hat', build(pe='rope', rope_start=4, rope_inv_freq=[1.0, 0.1, 0.01, 0.001]))
     case('--pe --init_from', build(pe='rope'), '--pe nope')
     (tmp_path / 'full').mkdir()

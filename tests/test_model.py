@@ -207,7 +207,8 @@ def test_slope_is_one_temperature_a_length_and_none_up_to_block_size(pe):
     told, grown = KVCache(40), KVCache()
     if pe != 'learned':
         close(sloped(idx[:, :5], cache=told)[0], model(idx)[0][:, :5])
-    close(sloped(idx[:, :5], cache=grown)[0], sloped(idx[:, :5])[0])
+        close(sloped(idx[:, :30], cache=grown)[0], sloped(idx[:, :30])[0])
+        assert (sloped(idx[:, :30])[0] - model(idx[:, :30])[0]).abs().max() > 1e-4       # which is another one than that of 40
 
 
 @pytest.mark.parametrize('pe', ['nope', 'rope'])

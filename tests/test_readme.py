@@ -1,5 +1,6 @@
 """The main job at toy size, as make reproduce runs it, and every command of README and of the scripts' docstrings."""
 import contextlib
+import functools
 import glob
 import importlib
 import os
@@ -8,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -143,7 +145,7 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(io, 'open_data', lambda *_: ((), {}))
     monkeypatch.setattr(io, 'documents', lambda *_: [range(10**6)])
-    monkeypatch.setattr(io, 'load_checkpoint', lambda *_: dict(extended=dict(tokens=0)))
+    monkeypatch.setattr(io, 'load_checkpoint', lambda *_: dict(extended=dict(tokens=0, seconds=0)))
     with pytest.raises(TypeError):                   # nothing ran, so there is no result to read
         in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper')
     assert [(c[0], c[-1]) for c in commands] == [('-m data.slimpajama_starcoder.prepare', 1), ('-m data.pg19.prepare', 1)] + [(s, 8) for s in ('train.py', 'train.py', 'extend.py', 'extend.py', 'eval_passkey.py')]
@@ -222,3 +224,18 @@ def test_a_small_campaign_of_faults():
     """A fiftieth of tests/campaign.py, random command lines among it."""
     out = subprocess.run([sys.executable, '-m', 'tests.campaign', '--share', '0.02'], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert out.returncode == 0 and out.stdout.count(' 0 failed') == 10, out.stdout + out.stderr
+
+
+def test_a_row_that_fails_costs_no_other():
+    begun = []
+
+    def job(name, seconds, code, threads, seen):
+        begun.append(name)
+        time.sleep(seconds)
+        return sys.exit(code) if code else name
+    found = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(os, 'cpu_count', lambda: 2)
+        for name in reproduce.side_by_side([functools.partial(job, *x) for x in (('fails', 0.1, 3), ('ends', 0.3, 0), ('never', 0, 0), ('neither', 0, 0))]):
+            found.append(name)
+    assert e.value.code == 3 and found == ['ends'] and begun == ['fails', 'ends']

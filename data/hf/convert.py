@@ -248,13 +248,15 @@ def write(ckpt, folder, dtype):
         io.fail(f'pe={c.pe}: no architecture of transformers {none}')
     if c.qk_norm:
         io.fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
+    n, sloped = longest(ckpt), any(model[k].any() for k in model if k.endswith('.slope'))
+    if sloped and n <= c.block_size:
+        io.fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to be frozen at: convert the one that extend.py wrote')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         io.fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
         from safetensors.torch import save_file
     except ImportError:
         io.fail('writing model.safetensors needs safetensors: pip install safetensors')
-    n = longest(ckpt)
     kind, tied, lam = 'llama' if c.pe == 'rope' else 'smollm3', torch.equal(model['embed.weight'], model['lm_head.weight']), 1.0
     config = dict(architectures=[ARCHITECTURE[kind]], model_type=kind, **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}, hidden_act='silu',
                   attention_bias=False, mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
@@ -292,7 +294,7 @@ def write(ckpt, folder, dtype):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing is there any more but after a failure
     print(f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
-          + (f', RoPE {config["rope_scaling"]["rope_type"]}' if config.get('rope_scaling') else ''))
+          + (f', RoPE {config["rope_scaling"]["rope_type"]}' if config.get('rope_scaling') else '') + (f'; temperatures as they are at {n} tokens, at every length' if sloped else ''))
 
 
 def main():
