@@ -37,10 +37,10 @@ CORPORA = dict(passkey='--retrieval 0.5', passkey_rare='--retrieval 0.7 --gap 20
 Run = namedtuple('Run', 'flags parent corpus', defaults=(None, 'passkey'))
 RARE = '--steps 600 --warmup 60 --min_length 64 --lr 1e-3 --muon_lr 3e-3'
 RUNS = {f'{pe}-often': Run(f'--pe {pe}') for pe in ENCODINGS} | {pe: Run(f'--pe {pe} {RARE}', f'{pe}-often', 'passkey_rare') for pe in ENCODINGS} | {
-    # the last eighth without RoPE (DroPE)
+    # the last eighth without RoPE (DroPE), at the rates of the first part
     'rope-7-8': Run('--pe rope --steps 225 --warmup 60 --min_length 64 --lr 1e-3 --muon_lr 3e-3', 'rope-often', 'passkey_rare'),
-    'drope': Run('--pe nope --steps 375 --warmup 60 --min_length 64 --lr 1e-3 --muon_lr 3e-3', 'rope-7-8', 'passkey_rare'),
-    'drope-no-qk-norm': Run('--pe nope --no-qk_norm --steps 375 --warmup 60 --min_length 64 --lr 1e-3 --muon_lr 3e-3', 'rope-7-8', 'passkey_rare'),
+    'drope': Run('--pe nope --steps 375 --warmup 60 --min_length 64', 'rope-7-8', 'passkey_rare'),
+    'drope-no-qk-norm': Run('--pe nope --no-qk_norm --steps 375 --warmup 60 --min_length 64', 'rope-7-8', 'passkey_rare'),
 }
 # extend.py's method (None: the run as it is) and flags, the corpus it is extended on; then train.py's flags, where it is trained on
 Row = namedtuple('Row', 'name run method extra corpus then', defaults=(None, '', 'passkey_rare', None))
