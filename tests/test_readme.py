@@ -58,7 +58,7 @@ def test_documented_command_is_accepted(file, script, flags, monkeypatch, tmp_pa
         open(flags.split()[0] + '/config.json', 'w').close()
     if script.endswith('harness'):                   # lm_eval's own command line
         monkeypatch.setattr('lm_eval._cli.run.Run._execute', accept)
-    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write', 'speed', 'costs'):
+    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write', 'speed', 'costs', 'passkey'):
         monkeypatch.setattr(module, name, accept, raising=False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(sys, 'argv', [script] + shlex.split(flags))
