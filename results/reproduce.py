@@ -189,10 +189,11 @@ def table(rows, order, lengths, L):
             if any(cells):
                 fewer = f' ({len(cells[0])} of {len(seeds)} seeds)' if len(cells[0]) < len(seeds) else ''
                 out.append(f'| {name}{fewer} | ' + ' | '.join(mean_sd(c, digits) if c else '' for c in cells) + ' |')
-    cost = {name: [r for r in rows if r['row'] == name and r.get('extended_s') and int(r['tokens'])] for name in order}
-    if any(cost.values()):
+    once = [r for r in rows if int(r['length']) == lengths[0] and int(r['tokens'] or 0)]        # one a seed
+    cost = {name: [r for r in once if r['row'] == name] for name in order}
+    if once:
         out += ['', '| what extending cost | tokens | seconds |', '|---|---|---|']
-        out += [f'| {name} | {int(found[0]["tokens"]):,} | {mean_sd([float(r["extended_s"]) for r in {r["seed"]: r for r in found}.values()], 0)} |' for name, found in cost.items() if found]
+        out += [f'| {name} | {int(found[0]["tokens"]):,} | {mean_sd([float(r["extended_s"]) for r in found], 0)} |' for name, found in cost.items() if found]
     return '\n'.join(out)
 
 
