@@ -84,12 +84,13 @@ def paper_windows(docs, length, stride, tokens):
 
 
 @torch.inference_mode()
-def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, paper=False):
+def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, paper=False, past=None):
     """
     -> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over scored tokens, in nats.
-    paper: windows as in Wang et al., without a BOS of their own.
+    past: they lie past so many tokens of their document (default: the longest length). paper: windows as in Wang et al.,
+    without a BOS of their own.
     """
-    same, rows = windows(docs, max(lengths), stride, tokens) if not paper else None, []
+    same, rows = windows(docs, past or max(lengths), stride, tokens) if not paper else None, []
     at = {n: same or paper_windows(docs, n, stride, tokens) for n in lengths}
     with tqdm(total=sum(n * len(ends) for n, ends in at.items()), unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False, dynamic_ncols=True) as bar:
         for length, ends in at.items():
@@ -149,7 +150,7 @@ def entropies(model, docs, T, env, samples=4):
 
 def evaluate(model, docs, bos, lengths, args, env):
     """Perplexity by length, and entropy in 32 bands of positions: rows {layer, head, position (the band's last), entropy}."""
-    ppl = perplexity(model, docs, bos, lengths, args.stride, args.eval_tokens, env, args.batch_tokens, args.protocol == 'paper')
+    ppl = perplexity(model, docs, bos, lengths, args.stride, args.eval_tokens, env, args.batch_tokens, args.protocol == 'paper', args.past)
     ent = entropies(model, docs, max(lengths), env)
     T = ent.size(-1)
     edges = [T * i // 32 for i in range(33)]
@@ -391,6 +392,7 @@ def main():
     p.add_argument('--iterations', type=int, default=40, help='generations after the first')
     # measuring
     p.add_argument('--lengths', type=io.int_list, help='tokens, comma-separated (default 1/2 1 1.5 2 3 4 6 8 times the training length)')
+    p.add_argument('--past', type=int, help='tokens of a document before the first scored one, to score the same ones as another call (default: the longest of --lengths)')
     p.add_argument('--stride', type=int, help='tokens that each window scores (default: half the shortest length; paper 256)')
     p.add_argument('--eval_tokens', type=int, default=2**14, help='tokens scored at each length; 0 measures nothing (paper 2097152)')
     p.add_argument('--protocol', choices=('same', 'paper'), default='same', help='same: the same tokens at every length, windows begin with BOS; paper: each length on the first documents longer than it, no BOS')
@@ -403,7 +405,7 @@ def main():
     p.add_argument('--compile', action=argparse.BooleanOptionalAction, help='torch.compile while tuning (default: on GPU only)')
     p.add_argument('--activation_checkpointing', action=argparse.BooleanOptionalAction, default=False, help='a third more arithmetic for much less memory')
     args = p.parse_args()
-    for name, least in dict(grid_batches=1, steps=1, batch=1, batch_tokens=1, length=1, stride=1, micro_batch=1, iterations=1, population=4, eval_tokens=0).items():
+    for name, least in dict(grid_batches=1, steps=1, batch=1, batch_tokens=1, length=1, past=1, stride=1, micro_batch=1, iterations=1, population=4, eval_tokens=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             io.fail(f'--{name} {getattr(args, name)} must be at least {least}')
     if args.lengths and min(args.lengths) < 2:
@@ -430,6 +432,8 @@ def main():
     io.check_fits(model.config, meta, args.data, lengths + [args.length] * (args.method != 'none'))
     if not 0 < args.stride < lengths[0]:
         io.fail(f'--stride {args.stride} must lie between 1 and the shortest of --lengths less one, {lengths[0] - 1}')
+    if args.past and (args.past < lengths[-1] or args.protocol == 'paper'):
+        io.fail(f'--past {args.past} must be at least the longest of --lengths, {lengths[-1]}' if args.protocol == 'same' else '--past is for --protocol same')
     if args.method != 'none' and not 1 <= args.length < len(data):
         io.fail(f'--length {args.length:,} must lie between 1 and the {len(data) - 1:,} tokens of {args.data}/train.bin')
     if args.batch % env.world:
@@ -439,7 +443,7 @@ def main():
         io.fail(f'--micro_batch {args.micro_batch} must be at least 1')
     docs = io.documents(val, meta, 'val')
     if args.eval_tokens:
-        (paper_windows if args.protocol == 'paper' else windows)(docs, lengths[-1], args.stride, 1)      # too short a val.bin is known before the work
+        (paper_windows if args.protocol == 'paper' else windows)(docs, args.past or lengths[-1], args.stride, 1)      # too short a val.bin is known before the work
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 8 * sum(p.numel() for p in model.parameters()),
                  io.memory(model, args.micro_batch * args.length, False, args, env) if env.device == 'cpu' and tuned else 0)

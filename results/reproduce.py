@@ -334,25 +334,24 @@ def main():
 
     def make(r, seed, threads, seen):
         """Extends and measures a row of a seed -> its lines of the csv. What is not seen goes to FOLDER.txt."""
-        began, ckpt, folder, cells, tokens = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), {}, 0
+        began, ckpt, folder, tokens = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), 0
+        same = '' if 'paper' in scale['measure'] else f' --past {lengths[-1]}'           # the same tokens, where not every length is measured
         do = partial(run, threads=threads, log=None if seen else f'{folder}.txt', processes=processes)
 
         def measure(ckpt, lengths):
             """{length: (loss, [hits])} of a checkpoint."""
             common = f'--lengths {",".join(map(str, lengths))} --dtype {dtype}'
-            do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[measured_on]} --method none {common} --out {folder} {scale["measure"]}')
+            do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[measured_on]} --method none {common} --out {folder} {scale["measure"]}{same}')
             do('eval_passkey.py', f'--ckpt {ckpt} {common} --out {folder} {scale["passkey"]}')
             ppl, pk = (io.read_csv(f'{folder}/{io.stem(ckpt)}.{what}.csv') for what in ('paper.ppl' if 'paper' in scale['measure'] else 'ppl', 'passkey'))
             return {int(row['length']): (float(row['nll']), [int(r['accuracy']) for r in pk if r['length'] == row['length']]) for row in ppl}
 
         extended = 0
-        if r.method == 'ntk-dynamic':                # the static one, anew for each length; the longest stays, so that the tokens are the same
-            for n in lengths:
-                at = ckpt
-                if n > L:
-                    do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
-                    at = f'{folder}/ntk-{n}.pt'
-                cells[n] = measure(at, sorted({n, lengths[-1]}))[n]
+        if r.method == 'ntk-dynamic':                # the static one, anew for each length
+            cells = measure(ckpt, [n for n in lengths if n <= L])
+            for n in (n for n in lengths if n > L):
+                do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name].replace("-dynamic", "")} --length {n} --out {folder} --eval_tokens 0')
+                cells |= measure(f'{folder}/ntk-{n}.pt', [n])
         else:
             if r.method:
                 do('extend.py', f'--ckpt {ckpt} --data {out}/{folder_of[r.corpus]} {extend[r.name]} --out {folder} --eval_tokens 0')

@@ -409,6 +409,13 @@ def test_entropies_see_the_bias(pe):
     assert (want[:, -1] < 0.98 * math.log(50)).any()
 
 
+def test_past_scores_the_tokens_of_a_longer_length(trained, corpus, tmp_path):
+    flags = f'--method none --stride 8 --eval_tokens 500 --ckpt {trained} --data {corpus} {CPU}'
+    assert run(extend.main, flags, f'--lengths 24,64,100 --out {tmp_path}/a') == run(extend.main, flags, f'--lengths 64 --past 100 --out {tmp_path}/b') == 0
+    rows, (row,) = (list(io.read_csv(tmp_path / f'{x}/ckpt.ppl.csv')) for x in 'ab')
+    assert rows[1] == row != rows[2]
+
+
 def test_entropy_of_short_lengths(trained, corpus, tmp_path):
     assert run(extend.main, f'--method none --lengths 8,20 --eval_tokens 32 --ckpt {trained} --data {corpus} --out {tmp_path} {CPU}') == 0
     rows = table(tmp_path / 'ckpt.entropy.csv')[1]   # fewer than 32 positions: fewer bands, none of them empty
@@ -590,7 +597,7 @@ def test_figures(trained, extended, corpus, tmp_path, capsys):
     '--stride 0', '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
     '--length 0', '--length -1', '--length 70000 : --length 70,000 train.bin', '--init 0.9 : --init 0.9 focus', '--init nan', '--grid nan,1',
     '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1',
-    '--eval_tokens -1', '--population 3', '--iterations 0', *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope'))])
+    '--eval_tokens -1', '--past 0', '--past 127 : --past 127 128', '--past 200 --protocol paper : --past', '--past 99999 : no document val.bin --lengths', '--population 3', '--iterations 0', *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope'))])
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     lfs = tmp_path / 'lfs.pt'
