@@ -61,6 +61,10 @@ ON = '--length {target} --batch_tokens 8192 --micro_batch 8 --optimizer adamw --
 EXTENSIONS = HEADLINE[:3] + [
     Row('NoPE uniform-log', 'nope', 'uniform-log'),
     Row('NoPE head-log', 'nope', 'head-log'),
+    Row('NoPE head, tuned at 2x', 'nope', 'head', '--length 512'),
+    Row('NoPE head-log, tuned at 2x', 'nope', 'head-log', '--length 512'),
+    Row('NoPE head, tuned at 8x', 'nope', 'head', '--length 2048'),
+    Row('NoPE head-log, tuned at 8x', 'nope', 'head-log', '--length 2048'),
     Row('learned', 'learned'),
     Row('sinusoidal', 'sinusoidal'),
     Row('T5', 't5'),
@@ -85,6 +89,7 @@ EXTENSIONS = HEADLINE[:3] + [
 GROUPS = {                                           # columns of its figure
     'position encodings': ('NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE'),
     'NoPE, sharpened': ('NoPE', 'NoPE uniform', 'NoPE uniform-log', 'NoPE head', 'NoPE head-log'),
+    'NoPE, tuned at 2x and 8x': ('NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x', 'NoPE head, tuned at 8x', 'NoPE head-log, tuned at 8x'),
     'RoPE, stretched': ('RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE dynamic NTK', 'RoPE YaRN', 'RoPE LongRoPE'),
     'RoPE, stretched and trained on': ('RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x', 'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'),
     'DroPE beside YaRN': ('RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log', 'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'),
