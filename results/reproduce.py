@@ -10,6 +10,7 @@ in one, prints one table and the heat maps. What is there already is not run aga
 """
 import glob
 import json
+import math
 import os
 import re
 import shlex
@@ -208,12 +209,13 @@ def where(out, base, seed, name):
 
 
 def plot(rows, groups, lengths, L, file):
-    """groups: {title: names of rows}, a column each: passkey accuracy and loss by length, mean and range of the seeds."""
+    """groups: {title: names of rows}: passkey accuracy and, below it, loss by length, mean and range of the seeds; three groups side by side."""
     plt = io.pyplot(file)
     one = len(groups) == 1
-    fig, axes = plt.subplots(*(1, 2) if one else (2, len(groups)), figsize=(11, 4) if one else (4.2 * len(groups), 7.5), layout='constrained', squeeze=False, sharey='none' if one else 'row')
+    fig, axes = plt.subplots(*(1, 2) if one else (2 * math.ceil(len(groups) / 3), 3), figsize=(11, 4) if one else (13, 6.5 * math.ceil(len(groups) / 3)), layout='constrained', squeeze=False, sharey='none' if one else 'row')
     seeds, highest = len({r['seed'] for r in rows}), 4 * min(float(r['loss']) for r in rows)
-    for k, (column, (title, names)) in enumerate(zip(axes if one else axes.T, groups.items())):
+    columns = axes if one else [column for i in range(0, len(axes), 2) for column in axes[i:i + 2].T]
+    for k, (column, (title, names)) in enumerate(zip(columns, groups.items())):
         for ax, key, label in zip(column, ('passkey', 'loss'), ('passkey accuracy', 'loss (nats a token)')):
             for name in names:
                 cells = [[float(r[key]) for r in rows if (r['row'], int(r['length'])) == (name, n)] for n in lengths]
@@ -224,7 +226,7 @@ def plot(rows, groups, lengths, L, file):
                     ax.fill_between(at, [min(cells[i]) for i in at], [max(cells[i]) for i in at], color=line.get_color(), alpha=0.15)
             ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
             ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
-            ax.set(xlabel='length / training length', ylabel='' if k else label, title=title if ax is column[0] else '')
+            ax.set(xlabel='length / training length', ylabel=label if one or k % 3 == 0 else '', title=title if ax is column[0] else '')
         if column[1].get_ylim()[1] > highest:
             column[1].set_ylim(top=highest)
         column[0].legend(fontsize='small')
