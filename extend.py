@@ -123,9 +123,9 @@ def attention_entropy(q, k, block=256, bias=None):
             s = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)      # (B, nh, block, <= i + block)
             if bias is not None:
                 s = s + bias[..., i:i + block, :i + block]
-            future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(i + 1)
-            s = s.masked_fill(future, -math.inf).log_softmax(-1)
-            out.append(-(s.exp() * s.masked_fill(future, 0)).sum(-1).mean(0))
+            future = torch.ones(s.size(2), s.size(2), dtype=torch.bool, device=s.device).triu(1)
+            s[..., i:].masked_fill_(future, -math.inf)
+            out.append(torch.special.entr(s.softmax(-1)).sum(-1).mean(0))
     return torch.cat(out, dim=-1)
 
 

@@ -231,7 +231,7 @@ def main():
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--steps', type=int, default=30)
-    p.add_argument('--lengths', type=io.int_list, default=[256, 1024, 4096, 16384])
+    p.add_argument('--lengths', type=io.int_list, default=[256, 1024, 4096, 16384, 32768])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = p.parse_args()
     if args.rounds < 1 or args.steps < 3:
