@@ -117,6 +117,7 @@ def main():
     ckpt = io.load_checkpoint(args.ckpt)
     model = io.load_model(ckpt).to(env.device).eval()
     tok, L = io.get_tokenizer(ckpt['tokenizer']), model.config.block_size
+    ckpt['model'] = ckpt['optimizer'] = None         # gigabytes
     io.check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])
     lengths, too_short = [], None
     for n in sorted(set(args.lengths or ())) or io.default_lengths(model.config):

@@ -289,7 +289,7 @@ def tune(model, data, bos, args, env):
     model.activation_checkpointing = args.activation_checkpointing
     params = [b.attn.scale.requires_grad_() for b in model.blocks]
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    net = torch.compile(model, dynamic=False) if (args.compile if args.compile is not None else 'cuda' in env.device) else model
+    net = io.compiled(model, args, env)
     losses, warmup = [], max(1, args.steps // 10)
     bar = tqdm(range(args.steps), desc=f'{args.method} at {args.length}', disable=not env.master, dynamic_ncols=True)
     for step in bar:
@@ -301,7 +301,7 @@ def tune(model, data, bos, args, env):
                 loss = net(x, y)[1] * len(x) / args.batch
             loss.backward()
             total += loss.detach()
-        flat = torch.cat([total[None]] + [p.grad for p in params])       # a few numbers: no need of DDP
+        flat = torch.cat([total[None]] + [p.grad for p in params])       # a few numbers, in one message
         if env.world > 1:
             dist.all_reduce(flat)
         if not flat.isfinite().all():
@@ -422,6 +422,7 @@ def main():
         io.pyplot(args.plot)                         # what is missing for it is known before the work
     env = io.setup(args)
     ckpt = io.load_checkpoint(args.ckpt)
+    ckpt['optimizer'] = None                         # gigabytes
     model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
     L = model.config.block_size
     val, meta = io.open_data(args.data, 'val')

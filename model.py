@@ -18,8 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+# cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
 
 
@@ -162,7 +165,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if q.is_cuda and self.nkv < self.nh and (q.dtype == torch.float32 or mask is not None):
-            # no fused kernel on CUDA takes grouped queries in fp32 or with a mask (torch 2.11): repeated keys keep it off the math path
+            # on CUDA flash takes neither fp32 nor a mask and mem-efficient no grouped queries (torch 2.11): repeated keys keep it off the math path
             k, v = (z.repeat_interleave(self.nh // self.nkv, dim=1) for z in (k, v))
         if mask is not None and mask.is_floating_point():
             mask = mask.type_as(q)
@@ -275,6 +278,7 @@ class GPT(nn.Module):
         return sum(checkpoint(chunk, a, t, use_reentrant=False) for a, t in zip(x.split(n), targets.split(n))) / len(x)
 
     @torch.no_grad()
+    @sdpa_kernel(DECODING)
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """
         idx (B, T) -> (B, T + max_new_tokens). temperature divides the final logits; 0 takes the likeliest token.

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +25,6 @@ from dataclasses import asdict
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import io
 from model import ENCODINGS, GPT, PRESETS, GPTConfig
@@ -38,7 +36,7 @@ RECIPES = dict(
     # GPT-2 small's usual lr; one GPU
     small=dict(steps=8000, batch_tokens=131072, micro_batch=32, optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
-    tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, micro_batch=16, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
+    tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, micro_batch=8, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
 )
 
 
@@ -85,7 +83,8 @@ def get_args():
 
     given = args.given = sorted(k for k, v in vars(args).items() if v is not None)
     if args.preset is None:
-        args.preset = io.load_checkpoint(args.init_from)['args']['preset'] if args.init_from else 'tiny'
+        source = args.out if args.resume and io.find_checkpoint(args.out) else args.init_from
+        args.preset = io.load_checkpoint(source)['args']['preset'] if source else 'tiny'
     for name, value in RECIPES[args.preset].items():
         if name not in given and not (name in ('min_length', 'decay_steps') and args.init_from):
             setattr(args, name, value)
@@ -156,7 +155,7 @@ def validate(model, data, bos, args, env):
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, or None: MFU is then not reported."""
     name = torch.cuda.get_device_name() if 'cuda' in device else ''
-    known = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, 'B200': 2250e12}
+    known = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, 'B200': 2250e12}
     return next((f for k, f in known.items() if k in name), None)
 
 
@@ -167,6 +166,10 @@ def main():
     data, meta = io.open_data(args.data, 'train')
     val, _ = io.open_data(args.data, 'val')
 
+    # a run that still lives may be saving: before its checkpoint is read
+    held = io.lock(args.out) if env.master and os.path.isdir(args.out) else None
+    if env.world > 1:
+        dist.barrier()
     # model: from scratch, from the weights of another run, or where this run stopped
     fields = {k: v for k, v in vars(args).items() if k in GPTConfig.__dataclass_fields__ and v is not None}
     ckpt = None
@@ -227,31 +230,27 @@ def main():
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
     io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
                  io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' and not ckpt else 0)
-    held = io.lock(args.out) if env.master else None         # noqa: F841 (kept open as long as we live)
+    held = held or (io.lock(args.out) if env.master else None)           # noqa: F841 (kept open as long as we live)
     model.activation_checkpointing = args.activation_checkpointing
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
     opts = make_optimizers(raw, args)
     step = tokens_seen = 0
     if ckpt:
-        for opt, state in zip(opts, ckpt['optimizer']):
-            opt.load_state_dict(state)
+        for opt in opts:
+            opt.load_state_dict(ckpt['optimizer'].pop(0))
         step, tokens_seen = ckpt['step'], ckpt['tokens']
         ckpt['model'] = ckpt['optimizer'] = None     # gigabytes
     base_lr = [args.lr, args.muon_lr]
-    use_compile = 'cuda' in env.device if args.compile is None else args.compile
-    if use_compile and 'cpu' in env.device and not shutil.which(os.environ.get('CXX', 'g++')):
-        io.fail('--compile on CPU needs a C++ compiler (g++): install one, or leave the flag out')
-    model = torch.compile(raw, dynamic=False) if use_compile else raw
-    if env.world > 1:
-        model = DDP(model, device_ids=[env.device] if 'cuda' in env.device else None, broadcast_buffers=False)
+    params = [p for p in raw.parameters() if p.requires_grad]
+    model = io.compiled(raw, args, env)
     flops, peak = raw.flops_per_token(args.length), peak_flops(env.device)
     print0(f'{config.pe}, {sum(p.numel() for p in raw.parameters()):,} parameters, training length {config.block_size}; {args.optimizer}, '
-           f'compile {"on" if use_compile else "off"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
+           f'compile {"off" if model is raw else "on"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
            + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
 
     if config.pe in ('t5', 'alibi'):
         print0(f'{config.pe} adds a bias to every score: {config.n_head * args.length ** 2 * 4 / 1e6:,.0f} MB at length {args.length}'
-               + (', and learning it takes attention off the fused kernel' if config.pe == 't5' else ''))
+               + (', and learning it takes attention off the fused kernel' if config.pe == 't5' and env.device == 'cpu' else ''))
 
     # the log: after a kill it may run ahead of the checkpoint
     log_file = f'{args.out}/log.jsonl'
@@ -314,14 +313,8 @@ def main():
     def save_and_leave(number):
         save()
         print0(f'{signal.Signals(number).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
-        leave(128 + number)
-
-    def leave(code=0):
-        # DDP goes first: were it the last to hold the process group, it would wait for gloo's thread, which may be waiting for the GIL
-        nonlocal model
-        model = None
-        io.finish(code)
-        sys.exit(code)
+        io.finish(128 + number)
+        sys.exit(128 + number)
 
     x, y = next_batch(step)
     started, clock, clock_step = time.time(), time.time(), step
@@ -347,36 +340,30 @@ def main():
             # a long step must not outlive the launcher's patience: asked eight times a step; what was accumulated is made again
             if micro and micro % max(1, accum // 8) == 0 and (number := stopping()):
                 save_and_leave(number)
-            if env.world > 1:                        # gradients meet once a step
-                model.require_backward_grad_sync = micro == accum - 1
             with env.autocast():
                 loss = model(x[micro], y[micro])[1] / accum
-            loss.backward()
+            (loss / env.world).backward()
             loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in raw.parameters() if p.requires_grad], args.grad_clip)
+        grads = [p.grad for p in params]
+        own = norm = torch.nn.utils.get_total_norm(grads)
+        if env.world > 1:                            # data-parallel: the gradients meet once a step
+            for g in grads:
+                dist.all_reduce(g)
+            norm = torch.nn.utils.get_total_norm(grads)
+        torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
         x, y = next_batch(step + 1)                  # while the GPU works
-        # what every rank must know before the update: each one's loss, gradient norm and wish to stop
-        status = torch.stack((loss_sum, norm, torch.tensor(float(stop), device=env.device)))
+        # what every rank must know before the update: each one's loss, its own gradient norm, that of all, and its wish to stop
+        status = torch.stack((loss_sum, own, norm, torch.tensor(float(stop), device=env.device)))
         ranks = [torch.empty_like(status) for _ in range(env.world)] if env.world > 1 else [status]
         if env.world > 1:
             dist.all_gather(ranks, status)
-        ranks = torch.stack(ranks).cpu()             # (world, 3)
-        if not ranks[:, :2].isfinite().all():
-            what, bad = 'loss', [r for r in range(env.world) if not ranks[r, 0].isfinite()]
-            if not bad:                              # the sum over ranks hides whose gradient it was: each makes its own again
-                what, own = 'gradient', torch.zeros(env.world, device=env.device)
-                raw.zero_grad()
-                for a, b in zip(*next_batch(step)):
-                    with env.autocast():
-                        raw(a, b)[1].backward()
-                own[env.rank] = not torch.stack([p.grad.isfinite().all() for p in raw.parameters() if p.grad is not None]).all()
-                if env.world > 1:
-                    dist.all_reduce(own)
-                bad = own.nonzero().flatten().tolist()
-            print0(f'error: step {step + 1}: {what} is not finite' + (f' on rank {bad[0]}' if bad else '')
-                   + f' (batch of seed {args.seed}, step {step}); no weight was changed, the last good checkpoint is {args.out}/ckpt.pt'
-                   f' at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
-            leave(1)
+        ranks = torch.stack(ranks).cpu()             # (world, 4)
+        if not ranks[:, :3].isfinite().all():
+            rank, column = (~ranks[:, :3].isfinite()).T.nonzero()[0].flip(0).tolist()        # a loss before a gradient
+            print0(f'error: step {step + 1}: {"loss" if column == 0 else "gradient"} is not finite on rank {rank} (batch of seed {args.seed}, step {step});'
+                   f' no weight was changed, the last good checkpoint is {args.out}/ckpt.pt at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
+            io.finish(1)
+            sys.exit(1)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -392,10 +379,10 @@ def main():
                 f'step {step:,}/{args.steps:,} | loss {loss_mean:.4f} | lr {args.lr * factor:.2e} | norm {norm.item():.2f} | {speed:,.0f} tok/s'
                 + (f' | mfu {mfu:.1%}' if mfu else '') + f' | {mem:.2f} GB | {left / 60:.1f} min left')
             clock, clock_step = now, step
-        if ranks[:, 2].any():
-            save_and_leave(int(ranks[:, 2].max()))
+        if ranks[:, 3].any():
+            save_and_leave(int(ranks[:, 3].max()))
     print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/ckpt.pt')
-    leave()
+    io.finish()
 
 
 if __name__ == '__main__':

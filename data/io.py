@@ -115,6 +115,20 @@ def pick_dtype(asked, kind):
     return 'fp32', f'{unit} has no bf16 arithmetic'
 
 
+def compiled(model, args, env):
+    """torch.compile where --compile asks for it, by default on GPU; it needs a compiler of the system."""
+    gpu = 'cuda' in env.device
+    need = [os.environ['CC']] if gpu and 'CC' in os.environ else ['gcc', 'clang'] if gpu else [os.environ.get('CXX', 'g++')]
+    if not (gpu if args.compile is None else args.compile):
+        return model
+    if not any(map(shutil.which, need)):
+        if args.compile:
+            fail(f'--compile needs {" or ".join(need)}: install one, or leave the flag out')
+        env.print(f'not compiled: {" or ".join(need)} is not installed')
+        return model
+    return torch.compile(model, dynamic=False)
+
+
 def finish(code=0):
     """Where there are other processes, this one ends here: threads that gloo leaves behind may abort it on the long way out."""
     if dist.is_initialized():

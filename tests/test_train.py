@@ -390,7 +390,7 @@ def test_checkpoint_form(trained):
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on CPU needs g++')
 @pytest.mark.parametrize('dtype, tol', [('fp32', 1e-5), ('bf16', 0.02)])
 def test_two_compiled_processes_are_one_plain(dtype, tol, corpus, tmp_path):
-    """The path of a GPU node, here under gloo: compiled, DDP, bf16. Weights in fp32; losses and gradients where bf16 rounds otherwise once fused."""
+    """The path of a GPU node, here under gloo: compiled, data-parallel, bf16. Weights in fp32; losses and gradients where bf16 rounds otherwise once fused."""
     flags = f'{TINY} --min_length 64 --dtype {dtype} --steps 3 --warmup 1 --eval_every 3 --optimizer adamw --lr 1e-4 --data {corpus}'
     assert run(train.main, flags, f'--no-compile --out {tmp_path}/plain') == 0
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
@@ -414,12 +414,14 @@ def rope(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize('pe', ['nope', 'rope'])     # DroPE, and fine-tuning at another length
 def test_init_from(pe, rope, corpus, tmp_path, capsys):
-    flags = f'--init_from {rope} --pe {pe} --batch_tokens 384 --micro_batch 2 --warmup 0 {CPU} --data {corpus} --out {tmp_path}'
+    parent, tmp_path = shutil.copytree(rope, tmp_path / 'parent'), tmp_path / 'run'
+    flags = f'--init_from {parent} --pe {pe} --batch_tokens 384 --micro_batch 2 --warmup 0 {CPU} --data {corpus} --out {tmp_path}'
     assert run(train.main, flags, '--length 96 --steps 2') == 0 and '2 rows x 96 tokens' in capsys.readouterr().out
     old, first, new = map(io.load_checkpoint, (rope, f'{tmp_path}/ckpt.prev.pt', str(tmp_path)))
     assert first['step'] == 0 and bits(first['model']) == bits(old['model']) != bits(new['model'])
     assert new['config'] == {**old['config'], 'pe': pe} and new['config']['block_size'] == 64
     assert new['args']['length'] == 96 and new['tokens'] == 2 * 384
+    shutil.rmtree(parent)                            # nobody needs it any more
     assert run(train.main, flags, '--resume --steps 3') == 0 and io.load_checkpoint(str(tmp_path))['args']['length'] == 96    # the length stays
 
 
@@ -482,6 +484,23 @@ def test_resume_from_damage_and_from_a_held_folder(trained, corpus, tmp_path, ca
     whole = (tmp_path / 'ckpt.pt').read_bytes()
     (tmp_path / 'ckpt.pt').write_bytes(whole[:len(whole) // 2])
     refused(capsys, train.main, flags, f' : {tmp_path}/ckpt.pt is not a whole checkpoint {tmp_path}/ckpt.prev.pt')
+
+
+@pytest.mark.filterwarnings('ignore')                # of torch's own making
+@pytest.mark.parametrize('device, need', [('cpu', 'g++'), ('cuda:0', 'gcc')])
+def test_compile_needs_a_compiler(device, need, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    for name in 'CC', 'CXX':
+        monkeypatch.delenv(name, raising=False)
+    env, model = SimpleNamespace(device=device, print=print), torch.nn.Linear(1, 1)
+    with pytest.raises(SystemExit):
+        io.compiled(model, SimpleNamespace(compile=True), env)
+    err = capsys.readouterr().err
+    assert err.startswith(f'error: --compile needs {need}') and err.count('\n') == 1
+    assert io.compiled(model, SimpleNamespace(compile=None), env) is model is io.compiled(model, SimpleNamespace(compile=False), env)
+    assert ('not compiled' in capsys.readouterr().out) == (device != 'cpu')          # it would have been by default
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    assert io.compiled(model, SimpleNamespace(compile=True), env) is not model
 
 
 def test_bf16_without_the_hardware(corpus, tmp_path, capsys, monkeypatch):

@@ -15,11 +15,12 @@ from itertools import groupby
 from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from data import io
 from data.hf.convert import longest, special_ids
-from model import KVCache
+from model import DECODING, KVCache
 
 try:
     from lm_eval import utils
@@ -121,14 +122,14 @@ class NanoNoPE(TemplateLM):
             ids = self.anchor(whole, self.max_length - n, self.side)
             cut += len(ids) < len(whole)
             cache, new, text = KVCache(len(ids) + n - 1), [], ''
-            while len(new) < n and not any(s in text for s in until):
-                with self.env.autocast():
+            with self.env.autocast(), sdpa_kernel(DECODING):         # around the loop: autocast then casts each weight once
+                while len(new) < n and not any(s in text for s in until):
                     x = torch.tensor([new[-1:] or ids], device=self.env.device)
                     new.append(self.model(x, rows=slice(-1, None), cache=cache)[0][0, -1].argmax().item())
-                if new[-1] in self.ends:
-                    new.pop()
-                    break
-                text = self.tok.decode(new)
+                    if new[-1] in self.ends:
+                        new.pop()
+                        break
+                    text = self.tok.decode(new)
             out.append(postprocess_generated_text(text, until, None))
             self.cache_hook.add_partial('generate_until', (context, asked), out[-1])
         if cut:
