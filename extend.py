@@ -18,7 +18,8 @@ for RoPE, by slower rotation, without training (fine-tune with train.py --init_f
   pi           every frequency divided by s = length / L (Chen et al. 2023)
   ntk          a larger base; recomputed for each evaluated length it is dynamic NTK (bloc97 2023)
   yarn         by parts, with a temperature (Peng et al. 2024)
-  longrope     a divisor for each frequency, and first positions that are not stretched, by evolutionary search (Ding et al. 2024)
+  longrope     a divisor for each frequency, and first positions that are not stretched, by evolutionary search, with the
+               temperature of its code (Ding et al. 2024)
 
 Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and for it
   .ppl.csv      perplexity by length, over the same tokens of val.bin at every length: those past the longest one. Each
@@ -221,9 +222,11 @@ N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 def longrope(model, data, bos, args, env):
     """
     LongRoPE (Ding et al. 2024, eq. 3, alg. 1): divisors of the frequencies, 1 <= r_0 <= r_1 <= ... <= 1.25 s, and n-hat,
-    so many first positions that are not stretched, by evolution from PI, NTK and YaRN. Lowest loss at args.length wins.
+    so many first positions that are not stretched, by evolution from PI, NTK and YaRN. Lowest loss at args.length wins,
+    at the temperature 1 + ln s / ln block_size of its code (there the root of it, on q and on k).
     -> (hs/2 inverse frequencies, n-hat, [(candidates tried, best loss)]). Leaves the model with them.
     """
+    set_heads(model, 1 + math.log(args.length / model.config.block_size) / math.log(max(2, model.config.block_size)))
     c, rng, known = model.config, np.random.default_rng(args.seed), {}
     freq, top = rope_frequencies(c), 1.25 * args.length / c.block_size
     parts = args.population // 4                     # mutants a generation, and as many crossings; twice as many parents

@@ -229,7 +229,9 @@ def test_longrope(corpus, tmp_path, capsys):
     flags = f'{HEAD} --method longrope --population 8 --iterations 3 --ckpt {tmp_path} --data {corpus} --eval_tokens 0'
     assert run(extend.main, flags) == run(extend.main, flags, f'--out {tmp_path}/again') == 0
     old, new, again = (io.load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
-    assert new['config'] == again['config'] and bits(new['model']) == bits(old['model'])
+    assert new['config'] == again['config'] and bits(new['model']) == bits(again['model'])
+    lam = 1 + math.log(128 / 64) / math.log(64)      # the square of transformers' attention_factor
+    assert all(bits(v) == bits(old['model'][k]) or k.endswith('.scale') and (v == torch.tensor(lam)).all() for k, v in new['model'].items())
     c, tried = GPTConfig(**new['config']), new['extended']['curve']
     divisors = np.array(extend.rope_frequencies(c)) / c.rope_inv_freq
     assert (divisors > 1 - 1e-5).all() and (np.diff(divisors) > -1e-5).all() and divisors.max() <= 1.25 * 128 / 64 + 1e-5 and c.rope_start in extend.N_HAT
@@ -240,9 +242,10 @@ def test_longrope(corpus, tmp_path, capsys):
     assert tried[-1][1] == pytest.approx(extend.loss_of(io.load_model(new), data, meta['bos'], args, ENV), abs=1e-6)
     for name, method in extend.ROPE.items():
         seed = io.load_model({**old, 'config': {**old['config'], 'rope_inv_freq': method(GPTConfig(**old['config']), 128)[0]}})
+        extend.set_heads(seed, lam)
         assert tried[-1][1] <= extend.loss_of(seed, data, meta['bos'], args, ENV) + 1e-6
     assert run(eval_passkey.main, f'--ckpt {tmp_path}/longrope-128.pt --lengths 96 --depths 1 --trials 1 --decode {CPU}') == 0
-    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : unextended')
+    refused(capsys, extend.main, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : extended already')
 
 
 @pytest.mark.parametrize('pe', ENCODINGS)

@@ -437,7 +437,7 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     if method in extend.ROPE:
         c.rope_inv_freq, lam = extend.ROPE[method](c, 128)
     if method == 'longrope':
-        c.rope_inv_freq, lam = [f / r for f, r in zip(extend.rope_frequencies(c), (1, 1.3, 2.9, 5))], 1
+        c.rope_inv_freq, lam = [f / r for f, r in zip(extend.rope_frequencies(c), (1, 1.3, 2.9, 5))], 1 + math.log(4) / math.log(32)
     extend.set_heads(model, lam)
     checkpoint(tmp_path / 'a.pt', model, extended=dict(length=128))
     assert run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
