@@ -1,10 +1,10 @@
 """
 Extends a trained checkpoint past its training length, and measures what that does.
 
-    python extend.py --ckpt out/nope --data data/passkey --method none                     # evaluate only
-    python extend.py --ckpt out/nope --data data/passkey --method uniform --length 1024    # one temperature for all heads
-    python extend.py --ckpt out/nope --data data/passkey --method head --length 1024       # one for each (layer, head)
-    python extend.py --ckpt out/rope --data data/passkey --method longrope --length 1024 --population 16 --iterations 10
+    python extend.py --ckpt out/nope --data data/passkey_rare --method none                     # evaluate only
+    python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length 1024    # one temperature for all heads
+    python extend.py --ckpt out/nope --data data/passkey_rare --method head --length 1024       # one for each (layer, head)
+    python extend.py --ckpt out/rope --data data/passkey_rare --method longrope --length 1024 --population 16 --iterations 10
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/tinyllama --data data/corpus --method head --length 8192 --lr 0.1
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 

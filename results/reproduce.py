@@ -248,7 +248,7 @@ def plot_heat_maps(todo, out, seed, L, file):
 
 
 def plot_entropy(todo, out, seed, L, file):
-    """The paper's explanation, of one seed: entropy by position (mean over heads, and each head), the temperatures that bend it back."""
+    """The paper's explanation, of one seed: entropy by position (mean over heads, and each head), the temperatures that lower it."""
     plt = io.pyplot(file)
     found = [(r, f) for r in todo for f in glob.glob(f'{where(out, r.run, seed, r.name)}/*.entropy.csv')]
     if not found:
