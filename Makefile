@@ -1,7 +1,7 @@
 # make reproduce [SCALE=toy|tiny]   the headline, from nothing: data, training, extension, evaluation, one table
 # make reproduce SCALE=small        real text on one GPU: TEXT=DIR for your own files, or FineWeb-Edu; SCALE=paper: eight GPUs
 # make table                        three seeds with the ablations; skips what results/tiny.csv already has
-# make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (hours)
+# make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (about eight hours on 2 cores)
 # make test                         the test suite
 # make figure                       results/tiny*.png from results/tiny.csv and tiny-encodings.csv (installs matplotlib)
 #

@@ -263,8 +263,9 @@ def plot_entropy(todo, out, seed, L, file):
         if not r.method:                             # the spread over heads, where it does not hide the rest
             axes[0, 0].plot(list(by_pos), list(by_pos.values()), color=line.get_color(), alpha=0.25, linewidth=0.7)
     axes[0, 0].axvline(L, color='black', linestyle='--', linewidth=1)
-    axes[0, 0].set(xlabel='position (dashed: training length)', ylabel='attention entropy (nats)', xscale='log')
-    axes[0, 0].legend(fontsize='small')
+    axes[0, 0].set(xlabel='position (dashed: training length)', ylabel='attention entropy (nats)')
+    axes[0, 0].set_xscale('log', base=2)
+    axes[0, 0].legend(fontsize='small', loc='lower right')
     for ax, (r, ckpt) in zip(axes[0, 1:], tuned):
         what = 'slopes' if r.method.endswith('-log') else 'heads'
         grid = io.load_checkpoint(ckpt)['extended'][what]
@@ -399,7 +400,7 @@ def main():
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
         plot([d for d in done if int(d['seed']) in args.seeds], GROUPS if args.table == 'encodings' else {'': names}, lengths, L, args.plot)
-        plot_entropy([r for r in todo if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
+        plot_entropy([r for r in todo if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then and 'tuned at' not in r.name], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
         plot_heat_maps([r for r in todo if r.name in MAIN], out, args.seeds[0], L, '-passkey'.join(os.path.splitext(args.plot)))
     print(f'\n{file}; {time.time() - start:.0f} s')
 
