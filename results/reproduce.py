@@ -229,7 +229,8 @@ def plot(rows, groups, lengths, L, file):
             ax.set(xlabel='length / training length', ylabel=label if one or k % 3 == 0 else '', title=title if ax is column[0] else '')
         if column[1].get_ylim()[1] > highest:
             column[1].set_ylim(top=highest)
-        column[0].legend(fontsize='small')
+        if column[0].get_legend_handles_labels()[0]:
+            column[0].legend(fontsize='small')
     fig.savefig(file, dpi=130)
     print(file)
 
