@@ -427,6 +427,8 @@ def main():
     ckpt = io.load_checkpoint(args.ckpt)
     ckpt['optimizer'] = None                         # gigabytes
     model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
+    if args.compile:                                 # a missing compiler is known before the work
+        io.compiled(model, args, env)
     L = model.config.block_size
     val, meta = io.open_data(args.data, 'val')
     data = io.open_data(args.data, 'train')[0] if args.method != 'none' else ()

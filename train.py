@@ -167,7 +167,10 @@ def main():
     val, _ = io.open_data(args.data, 'val')
 
     # a run that still lives may be saving: before its checkpoint is read
-    held = io.lock(args.out) if env.master and os.path.isdir(args.out) else None
+    held = None
+    if os.path.isdir(args.out):
+        io.preflight(args.out, 0)
+        held = io.lock(args.out) if env.master else None
     if env.world > 1:
         dist.barrier()
     # model: from scratch, from the weights of another run, or where this run stopped

@@ -118,9 +118,9 @@ def pick_dtype(asked, kind):
 def compiled(model, args, env):
     """torch.compile where --compile asks for it, by default on GPU; it needs a compiler of the system."""
     gpu = 'cuda' in env.device
-    need = [os.environ['CC']] if gpu and 'CC' in os.environ else ['gcc', 'clang'] if gpu else [os.environ.get('CXX', 'g++')]
     if not (gpu if args.compile is None else args.compile):
         return model
+    need = [os.environ['CC']] if gpu and 'CC' in os.environ else ['gcc', 'clang'] if gpu else [os.environ.get('CXX', 'g++')]
     if not any(map(shutil.which, need)):
         if args.compile:
             fail(f'--compile needs {" or ".join(need)}: install one, or leave the flag out')

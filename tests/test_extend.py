@@ -609,6 +609,12 @@ def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, capsys, mon
     assert not list(tmp_path.glob('out/*'))          # before the work
 
 
+def test_a_missing_compiler_is_known_before_the_work(corpus, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    refused(capsys, extend.main, f'{HEAD} --ckpt {trained} --data {corpus} --out {tmp_path}/out', '--compile')
+    assert not list(tmp_path.glob('out/*'))
+
+
 @pytest.mark.parametrize('case', [
     '--ckpt nowhere : nowhere', '--ckpt {corpus}/val.bin : val.bin not a whole', '--lengths 96,20 : 20 too short', '--out {corpus}/val.bin/x',
     '--depths 0', '--trials 0', '--seed -1', '--batch_tokens 0'])
