@@ -44,7 +44,7 @@ def get_args():
     p = io.parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # files
-    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random: tokens for a benchmark')
+    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random: a benchmark, which saves no checkpoint')
     p.add_argument('--out', required=True, help='folder of this run')
     p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
     p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
@@ -231,7 +231,8 @@ def main():
         dist.all_gather_object(where, (ckpt and ckpt['step'], meta['train']['sha256']))
         if len(set(where)) > 1:
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
-    io.preflight(args.out, (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
+    benchmark = args.data == 'random'                # has nothing to keep but its log
+    io.preflight(args.out, 0 if benchmark else (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
                  io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' and not ckpt else 0)
     held = held or (io.lock(args.out) if env.master else None)           # noqa: F841 (kept open as long as we live)
     model.activation_checkpointing = args.activation_checkpointing
@@ -281,7 +282,7 @@ def main():
             print(line, flush=True)
 
     def save():
-        if env.master:
+        if env.master and not benchmark:
             io.save_checkpoint(f'{args.out}/ckpt.pt', dict(
                 model={k: v.cpu() for k, v in raw.state_dict().items()}, config=asdict(config), optimizer=[o.state_dict() for o in opts],
                 step=step, tokens=tokens_seen, seed=args.seed, args=vars(args), fingerprint=meta['train']['sha256'],
@@ -315,7 +316,7 @@ def main():
 
     def save_and_leave(number):
         save()
-        print0(f'{signal.Signals(number).name}: saved at step {step:,}; the same command with --resume goes on', flush=True)
+        print0(f'{signal.Signals(number).name}: ' + (f'stopped at step {step:,}' if benchmark else f'saved at step {step:,}; the same command with --resume goes on'), flush=True)
         io.finish(128 + number)
         sys.exit(128 + number)
 
@@ -384,7 +385,7 @@ def main():
             clock, clock_step = now, step
         if ranks[:, 3].any():
             save_and_leave(int(ranks[:, 3].max()))
-    print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/ckpt.pt')
+    print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/{"log.jsonl" if benchmark else "ckpt.pt"}')
     io.finish()
 
 

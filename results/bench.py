@@ -2,12 +2,17 @@
 Speed of training beside other trainers, and how the cost of each script grows.
 
     python -m results.bench --nanogpt ~/nanoGPT          # results/speed.csv: a training step of nanoGPT's train.py, of a Hugging Face Llama, of ours
+    python -m results.bench --nanogpt ~/nanoGPT --size tinyllama --steps 15              # results/speed-tinyllama.csv: the same at 1.1B, on a GPU of 80 GB
     python -m results.bench --costs                      # results/costs.csv: seconds and memory by length and by model size
+    python -m results.bench --costs --preset tinyllama --lengths 2048,4096,8192,16384    # results/costs-tinyllama.csv: of a preset, on a GPU in bf16, compiled
     python -m results.bench --passkey out/model          # results/passkey-speed.csv: the passkey grid beside transformers' generate (no QK-norm)
 
 Every contender is a process of its own, in turns, `--rounds` times over; the figure is the median step of a round. All
 train on the same tokens, 16 rows of 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of
-the width has as many as nanoGPT's MLP of 4). nanoGPT runs as it comes, on CPU in fp32. On a GPU add --size tinyllama.
+the width has as many as nanoGPT's MLP of 4). nanoGPT runs as it comes, on CPU in fp32. --size tinyllama is 22 layers x
+2048, 8 rows of 2,048 tokens, 32,000 of them in the vocabulary, ours on random ones; with it come our preset (NoPE, 4 KV heads)
+by rows in one forward pass, and where activations are computed twice. 200 steps of head tuning at 16K, 8 rows each, take 1,600 times
+what one row costs.
 """
 import json
 import math
@@ -31,22 +36,21 @@ import eval_passkey
 import extend
 from data import io
 from data.hf import convert
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 
-# layers, heads, width
-SIZES = dict(tiny=(4, 4, 128), small=(6, 6, 384), tinyllama=(22, 32, 2048))
-TOKENS, ROWS, T = 4096, 16, 256
+# layers, heads, width; rows a step, tokens a row
+SIZES = dict(tiny=(4, 4, 128, 16, 256), small=(6, 6, 384, 16, 256), tinyllama=(22, 32, 2048, 8, 2048))
 
 HF = '''
 import sys, time, numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-device, file, vocab, layers, heads, width, inner, steps, amp = *sys.argv[1:3], *map(int, sys.argv[3:])
+device, file, vocab, layers, heads, width, inner, rows, T, steps, amp = *sys.argv[1:3], *map(int, sys.argv[3:])
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=inner, use_cache=False)).to(device)
 opt, data, rng = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), np.fromfile(file, np.uint16), np.random.default_rng(0)
 for step in range(steps):
     start = time.time()
-    x = torch.from_numpy(np.stack([data[i:i + 256] for i in rng.integers(len(data) - 256, size=16)]).astype(np.int64)).to(device)
+    x = torch.from_numpy(np.stack([data[i:i + T] for i in rng.integers(len(data) - T, size=rows)]).astype(np.int64)).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=bool(amp)):
         loss = model(input_ids=x, labels=x).loss
     loss.backward()
@@ -58,74 +62,87 @@ for step in range(steps):
 
 
 def contenders(args, tmp, size):
-    """{name: (command, folder to run it in, where its log is)} for one size."""
-    layers, heads, width = SIZES[size]
-    inner, steps, vocab = width * 8 // 3 // 8 * 8, args.steps, io.get_tokenizer('passkey').n_vocab
-    out = {}
+    """{name: (command, folder to run it in)} for one size."""
+    layers, heads, width, rows, T = SIZES[size]
+    inner, steps, large = width * 8 // 3 // 8 * 8, args.steps, size == 'tinyllama'
+    vocab, out = 32000 if large else io.get_tokenizer('passkey').n_vocab, {}
     if args.nanogpt:
         for name, more in {'nanoGPT': '--compile=False', 'nanoGPT, compiled': '--compile=True'}.items():
             out[name] = (f'{sys.executable} train.py --device={args.device} {more} --dataset=nanonope_bench --out_dir={tmp}/nanogpt --eval_interval=1000000 --eval_iters=1 --log_interval=1 --block_size={T} '
-                         f'--batch_size={ROWS} --gradient_accumulation_steps=1 --n_layer={layers} --n_head={heads} --n_embd={width} --dropout=0.0 --max_iters={steps}', args.nanogpt)
+                         f'--batch_size={rows} --gradient_accumulation_steps=1 --n_layer={layers} --n_head={heads} --n_embd={width} --dropout=0.0 --max_iters={steps}', args.nanogpt)
     try:
         import transformers                          # noqa: F401 (is it there?)
         for name, amp in {'Hugging Face Llama, fp32': 0, 'Hugging Face Llama, bf16': 1}.items():
-            out[name] = f'{sys.executable} -c HF {args.device} {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {steps} {amp}', '.'
+            out[name] = f'{sys.executable} -c HF {args.device} {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {rows} {T} {steps} {amp}', '.'
     except ImportError:
         print('no transformers here: no row for the Hugging Face Llama')
-    ours = (f'{sys.executable} train.py --preset tiny --no-qk_norm --data {tmp}/data --out {tmp}/ours --steps {steps} --warmup 2 --batch_tokens {TOKENS} --micro_batch {ROWS} --min_length {T} --eval_every 1000000 --eval_tokens {T} '
-            f'--log_every 1 --n_layer {layers} --n_head {heads} --n_kv_head {heads} --n_embd {width} --n_inner {inner} --device {args.device} --pe rope')
-    for name, more in {'ours, fp32': '--dtype fp32 --no-compile', 'ours, bf16': '--dtype bf16 --no-compile', 'ours, fp32, compiled': '--dtype fp32 --compile', 'ours, bf16, compiled': '--dtype bf16 --compile',
-                       'ours, fp32, Muon': '--dtype fp32 --no-compile --optimizer muon', 'ours, fp32, NoPE': '--dtype fp32 --no-compile --pe nope'}.items():
-        out[name] = ours + (' ' if 'optimizer' in more else ' --optimizer adamw ') + more, '.'
+    common = f'{sys.executable} train.py --optimizer adamw --out {tmp}/ours --steps {steps} --warmup 2 --batch_tokens {rows * T} --eval_every 1000000 --eval_tokens {T} --log_every 1 --device {args.device} '
+    ours = common + f'--micro_batch {rows} --min_length {T} --n_layer {layers} --n_head {heads} --n_kv_head {heads} --n_embd {width} --n_inner {inner} ' + (
+        '--preset tinyllama --data random ' if large else f'--preset tiny --no-qk_norm --data {tmp}/data ')
+    for name, more in {'ours, fp32': '--pe rope --dtype fp32 --no-compile', 'ours, bf16': '--pe rope --dtype bf16 --no-compile', 'ours, fp32, compiled': '--pe rope --dtype fp32 --compile',
+                       'ours, bf16, compiled': '--pe rope --dtype bf16 --compile', 'ours, fp32, Muon': '--pe rope --dtype fp32 --no-compile --optimizer muon', 'ours, fp32, NoPE': '--pe nope --dtype fp32 --no-compile'}.items():
+        out[name] = ours + more, '.'
+    if large:                                        # fp32 at that size is nobody's choice; what --preset tinyllama trains is
+        out = {name: c for name, c in out.items() if 'fp32' not in name}
+        for name, more in {f'--preset tinyllama, {n} rows at a time': f'--micro_batch {n}' for n in (4, 8)}.items() | {'--preset tinyllama, 8 rows at a time, activation checkpointing': '--micro_batch 8 --activation_checkpointing'}.items():
+            out[name] = f'{common}--preset tinyllama --data random --dtype bf16 --compile {more}', '.'
     return out
 
 
 def speed(args):
-    rows = []
+    rows, file = [], f'results/speed{"-tinyllama" * ("tinyllama" in args.size)}.csv'
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000'], check=True)
-        if args.nanogpt:
-            folder = f'{args.nanogpt}/data/nanonope_bench'
-            os.makedirs(folder, exist_ok=True)
-            for split in ('train', 'val'):
-                shutil.copyfile(f'{tmp}/data/{split}.bin', f'{folder}/{split}.bin')
-            with open(f'{folder}/meta.pkl', 'wb') as f:
-                pickle.dump(dict(vocab_size=io.get_tokenizer('passkey').n_vocab), f)
         for size in args.size:
-            found = {}
+            found, log, tokens = {}, {}, SIZES[size][3] * SIZES[size][4]
+            if args.nanogpt:
+                folder = f'{args.nanogpt}/data/nanonope_bench'
+                os.makedirs(folder, exist_ok=True)
+                for split in ('train', 'val'):
+                    shutil.copyfile(f'{tmp}/data/{split}.bin', f'{folder}/{split}.bin')
+                with open(f'{folder}/meta.pkl', 'wb') as f:
+                    pickle.dump(dict(vocab_size=32000 if size == 'tinyllama' else io.get_tokenizer('passkey').n_vocab), f)
             for k in range(args.rounds):
                 for name, (command, folder) in contenders(args, tmp, size).items():
                     shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
                     words = [HF if w == 'HF' else w for w in command.split()]
                     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-                    if done.returncode:
-                        io.fail(f'{name}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}')
-                    if name.startswith('ours'):
-                        ms = [1000 * TOKENS / r['tok_s'] for r in map(json.loads, open(f'{tmp}/ours/log.jsonl')) if 'tok_s' in r]
+                    if done.returncode:              # out of memory, say: the others count all the same
+                        print(f'{size}, round {k + 1}, {name}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}', flush=True)
+                        continue
+                    if f'{tmp}/ours' in command:
+                        with open(f'{tmp}/ours/log.jsonl') as f:
+                            steps = [r for r in map(json.loads, f) if 'tok_s' in r]
+                        log[name] = dict(mem_gb=f'{steps[-1]["mem_gb"]:.1f}', mfu=f'{steps[-1]["mfu"]:.3f}' if steps[-1]['mfu'] else '')
+                        ms = [1000 * tokens / r['tok_s'] for r in steps]
                     else:
                         ms = [float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)]
                     found.setdefault(name, []).append(statistics.median(ms[len(ms) // 3:]))      # the first third warms up, or compiles
                     print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
             for name, ms in found.items():
                 rows.append(dict(size=size, trainer=name, ms=f'{statistics.median(ms):.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}', rounds=args.rounds, steps=args.steps,
-                                 tok_s=f'{1000 * TOKENS / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else ''))
-            io.write_csv('results/speed.csv', rows)
+                                 tok_s=f'{1000 * tokens / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else '',
+                                 **log.get(name, dict(mem_gb='', mfu=''))))
+            if rows:
+                io.write_csv(file, rows)
     return rows
 
 
-def once(what, length, width, layers, answer):
-    """In a process of its own: seconds and peak memory of one step, prompt or window of one row."""
-    env = io.setup(SimpleNamespace(device='auto', dtype='fp32', seed=0))
+def once(what, length, shape, dtype, answer):
+    """In a process of its own: seconds and peak memory of one step, prompt or window of one row; shape: fields of GPTConfig."""
+    env = io.setup(SimpleNamespace(device='auto', dtype=dtype, seed=0))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=101, block_size=256, n_layer=layers, n_head=4, n_kv_head=4, n_embd=width, n_inner=width, qk_norm=True)).to(env.device)
+    model = GPT(GPTConfig(**shape)).to(env.device)
     tok, ids = io.get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
-    args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=False, activation_checkpointing=what.endswith('checkpointing'))
+    args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=None, activation_checkpointing=what.endswith('checkpointing'))
     before = torch.cuda.memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def step():
         if what == 'train':
             x = torch.from_numpy(ids[:length + 1].astype(np.int64))[None].to(env.device)
-            model(x[:, :-1], x[:, 1:])[1].backward()
+            with env.autocast():
+                loss = net(x[:, :-1], x[:, 1:])[1]
+            loss.backward()
             opt.step()
         elif what.startswith('tune'):
             extend.tune(model, ids, tok.bos, args, env)
@@ -137,27 +154,35 @@ def once(what, length, width, layers, answer):
             prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
             eval_passkey.score(model.eval(), [prompt], [answer], env)
     wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
-    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    net, opt = io.compiled(model, args, env), torch.optim.AdamW(model.parameters(), fused=True)
     if what != 'train':
         model.requires_grad_(False)
     start, n = time.time(), 0
-    while n < 20 and (n == 0 or time.time() - start < 2):          # the first one is counted where it is long
-        if n == 1:
-            start = time.time()
-        step()
-        wait()
-        n += 1
+    step()                                           # compiles on a GPU; on a CPU it counts where it is long
+    wait()
+    seconds = time.time() - start
+    if seconds < 2 or 'cuda' in env.device:
+        start = time.time()
+        while n < 20 and time.time() - start < 2:
+            step()
+            wait()
+            n += 1
+        seconds = (time.time() - start) / n
     peak = torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer.put(((time.time() - start) / max(1, n - 1), (peak - before) / 1e6))
+    answer.put((seconds, (peak - before) / 1e6))
 
 
 def costs(args):
     rows, spawn = [], multiprocessing.get_context('spawn')
-    whats = dict(train=1, tune=1, tune_checkpointing=1, perplexity=1, passkey=1, entropy=2)
-    grid = [(what, n, 128, 4) for what in whats for n in args.lengths] + [(what, 1024, w, 4) for what in whats for w in (256, 512)]
-    for what, n, width, layers in grid:
-        answer = spawn.Queue()
-        p = spawn.Process(target=once, args=(what, n, width, layers, answer))
+    whats = ('train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy')
+    own = lambda width: dict(vocab_size=101, block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=width, n_inner=width, qk_norm=True)
+    shape, dtype, file = (PRESETS[args.preset], 'auto', f'results/costs-{args.preset}.csv') if args.preset else (own(128), 'fp32', 'results/costs.csv')
+    grid = [(what, n, shape) for what in whats for n in args.lengths]
+    if not args.preset:
+        grid += [(what, 1024, own(width)) for what in whats for width in (256, 512)]
+    for what, n, shape in grid:
+        answer, width = spawn.Queue(), shape['n_embd']
+        p = spawn.Process(target=once, args=(what, n, shape, dtype, answer))
         p.start()
         while p.is_alive() and answer.empty():
             time.sleep(0.1)
@@ -177,7 +202,7 @@ def costs(args):
             exponents = [by] + [f'{math.log(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9)) / grew:.2f}' for k in ('seconds', 'mb')]
         rows[-1].update(zip(('grows_by', 'time_exponent', 'memory_exponent'), exponents))
         print(rows[-1], flush=True)
-        io.write_csv('results/costs.csv', rows)
+        io.write_csv(file, rows)
     return rows
 
 
@@ -227,6 +252,7 @@ def main():
     p = io.parser(__doc__)
     p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
     p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
+    p.add_argument('--preset', choices=PRESETS, help='--costs of this one (default: 4 layers x 128, fp32)')
     p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
     p.add_argument('--rounds', type=int, default=3)
@@ -236,7 +262,11 @@ def main():
     args = p.parse_args()
     if args.rounds < 1 or args.steps < 3:
         io.fail('--rounds must be at least 1, --steps at least 3')
+    if args.preset and not args.costs:
+        io.fail('--preset is for --costs; the speed of training takes --size')
     rows = passkey(args) if args.passkey else costs(args) if args.costs else speed(args)
+    if not rows:
+        io.fail('nothing was measured: the lines above say why')
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
     for r in rows:
         print('| ' + ' | '.join(str(v) for v in r.values()) + ' |')

@@ -12,11 +12,13 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 
+import train
 from data import io
-from results import bench, reproduce
+from results import bench, compare, reproduce
 from test_train import run as in_process
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def commands():
     """Every line of README, and of the scripts' docstrings, that starts one of our scripts: (file, script, flags)."""
-    for file in ('README.md', 'train.py', 'extend.py', 'eval_passkey.py', *sorted(glob.glob('data/*/*.py', root_dir=ROOT)), 'results/reproduce.py', 'results/bench.py'):
+    for file in ('README.md', 'train.py', 'extend.py', 'eval_passkey.py', *sorted(glob.glob('data/*/*.py', root_dir=ROOT)), 'results/reproduce.py', 'results/compare.py', 'results/bench.py'):
         text = open(os.path.join(ROOT, file)).read()
         if '"""' not in text and not file.endswith('.md'):        # an empty __init__.py
             continue
@@ -58,7 +60,7 @@ def test_documented_command_is_accepted(file, script, flags, monkeypatch, tmp_pa
         open(flags.split()[0] + '/config.json', 'w').close()
     if script.endswith('harness'):                   # lm_eval's own command line
         monkeypatch.setattr('lm_eval._cli.run.Run._execute', accept)
-    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write', 'speed', 'costs', 'passkey'):
+    for name in ('get_tokenizer', 'run', 'prepare', 'read', 'write', 'speed', 'costs', 'passkey', 'trials'):
         monkeypatch.setattr(module, name, accept, raising=False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(sys, 'argv', [script] + shlex.split(flags))
@@ -155,9 +157,20 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('what', ['train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy'])
 def test_what_a_step_costs(what):
     answer = queue.Queue()
-    bench.once(what, 96, 32, 1, answer)
+    bench.once(what, 96, dict(vocab_size=101, block_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, n_inner=32), 'fp32', answer)
     seconds, mb = answer.get()
     assert 0 < seconds < 10 and 0 <= mb < 1000
+
+
+@pytest.mark.parametrize('size', ['tiny', 'tinyllama'])
+def test_what_is_raced(size, tmp_path, monkeypatch):
+    """train.py takes the flags of each of our entries, and the preset is raced as it is."""
+    ours = {name: c for name, (c, _) in bench.contenders(types.SimpleNamespace(nanogpt='nanoGPT', steps=4, device='cpu'), str(tmp_path), size).items() if f'{tmp_path}/ours' in c}
+    for name, command in ours.items():
+        monkeypatch.setattr(sys, 'argv', command.split()[1:])
+        args = train.get_args()
+        assert args.steps == 4 and args.dtype == ('fp32' if 'fp32' in name else 'bf16') and args.preset == size and (args.n_embd is None) == ('preset' in name)
+    assert len(ours) == (6 if size == 'tiny' else 5)
 
 
 def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
@@ -204,6 +217,37 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     assert in_process(reproduce.main, flags, '--no_run') == 0 and '\n| ALiBi |' in last_table(capsys.readouterr().out)
     open(f'{tmp_path}/rows.csv', 'w').writelines(part[:1])
     assert in_process(reproduce.main, flags, '--no_run') == 2 and capsys.readouterr().err.startswith(f'error: {tmp_path}/rows.csv has no row')
+
+
+def test_two_rows_compared(tmp_path, capsys, monkeypatch):
+    """The paired difference and its standard error, against numpy; what cannot be compared is refused."""
+    rng, hits = np.random.default_rng(0), {}
+    for seed in 1, 2:
+        for name, p in ('NoPE', 0.3), ('NoPE head', 0.6), ('RoPE', 0.5):
+            hits[seed, name] = rng.random((2, 20)) < p
+            folder = reproduce.where(f'{tmp_path}/tiny', name.split()[0].lower(), seed, name)
+            os.makedirs(folder)
+            io.write_csv(f'{folder}/x.passkey.csv', [dict(length=n, depth=0.5, trial=t, accuracy=int(h)) for n, row in zip((256, 512), hits[seed, name]) for t, h in enumerate(row)][:40 if name != 'RoPE' else 39])
+    io.write_csv(f'{tmp_path}/rows.csv', [dict(seed=s, row=name, length=256, loss=loss) for s, name, loss in ((1, 'NoPE', 0.5), (1, 'NoPE head', 0.4), (2, 'NoPE', 0.6), (2, 'NoPE head', 0.45))])
+
+    def answer(*rows):
+        monkeypatch.setattr(sys, 'argv', ['compare', *rows, '--seeds', '1,2', '--out', str(tmp_path), '--csv', f'{tmp_path}/rows.csv'])
+        try:
+            compare.main()
+        except SystemExit as e:
+            assert e.code == 2
+        return capsys.readouterr()
+    shown = answer('NoPE head', 'NoPE').out
+    for i, n in enumerate((1, 2)):
+        d = np.concatenate([hits[s, 'NoPE head'][i].astype(float) - hits[s, 'NoPE'][i] for s in (1, 2)])
+        error = d.std(ddof=1) / np.sqrt(40)
+        star = '*' if abs(d.mean()) >= 2 * error else ''
+        assert f'| {n}x | {100 * d.mean():+.1f} ±{100 * error:.1f}{star} | {100 * d[:20].mean():+.0f}, {100 * d[20:].mean():+.0f} |' in shown
+    assert '| -0.1250 | -0.1000, -0.1500 |' in shown
+    assert '| 1x | +0.0 ±0.0 | +0, +0 | +0.0000 |' in answer('NoPE', 'NoPE').out
+    assert answer('NoPE', 'NoPe').err.startswith('error: --table encodings has no row "NoPe"')
+    assert 'were measured on other prompts at 512' in answer('RoPE', 'NoPE').err
+    assert 'has no passkey.csv' in answer('ALiBi', 'NoPE').err
 
 
 def last_table(out):

@@ -335,6 +335,7 @@ def test_random_data_is_a_benchmark(tmp_path, capsys):
     assert run(train.main, TINY, f'--data random --steps 2 --out {tmp_path}') == 0
     losses = [r['loss'] for r in rows(tmp_path) if 'loss' in r]
     assert all(abs(x - math.log(32000)) < 0.5 for x in losses) and 'tok/s' in capsys.readouterr().out
+    assert set(os.listdir(tmp_path)) == {'log.jsonl', '.lock'}           # no gigabytes of nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

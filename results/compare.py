@@ -1,0 +1,68 @@
+"""
+Is one row of a table better than another? Their difference, paired: the same prompts, the same held-out tokens, the same seeds.
+
+    python -m results.compare "NoPE head-log" "NoPE head"
+    python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3 --out out
+
+Keys: mean difference over prompts and seeds in points, and its standard error (prompts and seeds taken as independent draws), from
+the trials that make encodings (or --table ablations: make table) left in --out. Two standard errors or more are marked *: so much is
+no accident of the prompts. Of the seeds there are few, and training draws a new model with each: so the loss, from the csv, and the
+keys are shown by seed too.
+"""
+import glob
+import statistics
+
+from data import io
+from results.reproduce import SCALES, TABLES, where
+
+
+def trials(row, out, seed):
+    """{length: {(depth, trial): 0 or 1}} of a row of reproduce.py."""
+    folder, found = where(out, row.run, seed, row.name), {}
+    for file in glob.glob(f'{folder}/*.passkey.csv'):
+        for r in io.read_csv(file):
+            found.setdefault(int(r['length']), {})[r['depth'], r['trial']] = int(r['accuracy'])
+    if not found:
+        io.fail(f'{folder} has no passkey.csv: measure that row first (make encodings, or make table)')
+    return found
+
+
+def difference(a, b):
+    """a, b: hits of the same trials -> (mean of a - b, its standard error)."""
+    d = [x - y for x, y in zip(a, b)]
+    return statistics.mean(d), (statistics.stdev(d) if len(d) > 1 else 0) / len(d) ** 0.5
+
+
+def main():
+    p = io.parser(__doc__)
+    p.add_argument('rows', nargs=2, metavar='ROW', help='names of two rows, as the table prints them')
+    p.add_argument('--table', choices=TABLES, default='encodings')
+    p.add_argument('--scale', choices=[s for s in SCALES if 'corpora' in SCALES[s]], default='tiny')
+    p.add_argument('--seeds', type=io.int_list, default=[1, 2, 3])
+    p.add_argument('--out', default='out', help='folder of the runs')
+    p.add_argument('--csv', help='of the losses (default: results/SCALE-encodings.csv, for ablations results/SCALE.csv)')
+    args = p.parse_args()
+    known = {r.name: r for r in TABLES[args.table]}
+    for name in args.rows:
+        if name not in known:
+            io.fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in known))
+    file = args.csv or f'results/{args.scale}{"-encodings" if args.table == "encodings" else ""}.csv'
+    losses = {(int(d['seed']), d['row'], int(d['length'])): float(d['loss']) for d in io.read_csv(file)}
+    hits = {s: [trials(known[name], f'{args.out}/{args.scale}', s) for name in args.rows] for s in args.seeds}
+    lengths = sorted(set.intersection(*(set(t) for pair in hits.values() for t in pair)))
+    L, signs = SCALES[args.scale]['L'], lambda values, form: ', '.join(format(v, form) for v in values)
+    print(f'{args.rows[0]} less {args.rows[1]}, seeds {",".join(map(str, args.seeds))}\n\n| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')
+    for n in lengths:
+        pairs = {}
+        for s, (a, b) in hits.items():
+            if set(a[n]) != set(b[n]):
+                io.fail(f'seed {s}: the two rows were measured on other prompts at {n} tokens: measure them again')
+            pairs[s] = [(a[n][k], b[n][k]) for k in a[n]]
+        mean, error = difference(*zip(*(pair for of in pairs.values() for pair in of)))
+        loss = [losses[s, args.rows[0], n] - losses[s, args.rows[1], n] for s in args.seeds if all((s, name, n) in losses for name in args.rows)]
+        print(f'| {n / L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{"*" if error and abs(mean) >= 2 * error else ""} | {signs([100 * difference(*zip(*of))[0] for of in pairs.values()], "+.0f")} | '
+              + (f'{statistics.mean(loss):+.4f} | {signs(loss, "+.4f")} |' if loss else '| |'))
+
+
+if __name__ == '__main__':
+    main()
