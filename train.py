@@ -237,6 +237,7 @@ def main():
     held = held or (io.lock(args.out) if env.master else None)           # noqa: F841 (kept open as long as we live)
     model.activation_checkpointing = args.activation_checkpointing
     raw = model.to(env.device)                       # saving and evaluation go through the bare module
+    io.check_fused(raw, args.length, env)
     opts = make_optimizers(raw, args)
     step = tokens_seen = 0
     if ckpt:
@@ -253,8 +254,7 @@ def main():
            + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
 
     if config.pe in ('t5', 'alibi'):
-        print0(f'{config.pe} adds a bias to every score: {config.n_head * args.length ** 2 * 4 / 1e6:,.0f} MB at length {args.length}'
-               + (', and learning it takes attention off the fused kernel' if config.pe == 't5' and env.device == 'cpu' else ''))
+        print0(f'{config.pe} adds a bias to every score: {config.n_head * args.length ** 2 * 4 / 1e6:,.0f} MB at length {args.length}')
 
     # the log: after a kill it may run ahead of the checkpoint
     log_file = f'{args.out}/log.jsonl'

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 import zipfile
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
 
@@ -127,6 +129,21 @@ def compiled(model, args, env):
         env.print(f'not compiled: {" or ".join(need)} is not installed')
         return model
     return torch.compile(model, dynamic=False)
+
+
+def check_fused(model, length, env):
+    """Says so where attention of this model, precision and device would fall back to whole T x T scores without a word."""
+    x = torch.zeros(1, min(length, 128, model.config.block_size), dtype=torch.long, device=env.device)
+    try:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), env.autocast(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            model(x, x)
+    except RuntimeError as e:
+        if 'No available kernel' not in str(e):
+            raise
+        c = model.config
+        env.print(f'warning: no fused kernel takes this attention (pe={c.pe}, heads of {c.n_embd // c.n_head}, {env.dtype}, {env.device}): it is slower, '
+                  f'and each row of {length:,} tokens holds {4 * c.n_head * length ** 2 / 1e6:,.0f} MB of scores a layer')
 
 
 def finish(code=0):

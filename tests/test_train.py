@@ -351,6 +351,12 @@ def test_it_learns(tmp_path):
         assert before > 4.5 and after < 0.5
 
 
+@pytest.mark.parametrize('pe', ENCODINGS)
+def test_attention_off_the_fused_kernels_is_said(pe, corpus, tmp_path, capsys):
+    assert run(train.main, TINY, f'--pe {pe} --steps 1 --data {corpus} --out {tmp_path}') == 0
+    assert ('warning: no fused kernel takes this attention (pe=t5, ' in capsys.readouterr().out) == (pe == 't5')
+
+
 def test_row_lengths():
     drawn = [train.row_length(step, SimpleNamespace(length=96, min_length=20, seed=5)) for step in range(300)]
     assert all(drawn.count(T) > 75 for T in (96, 48, 24))                # halved as often as the shortest allows, each as often
