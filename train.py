@@ -189,7 +189,7 @@ def main():
         print0(f'starting from the weights of {args.init_from}' + (f' with {fields}' if fields else ''))
     else:
         try:
-            model = GPT(GPTConfig(**{**PRESETS[args.preset], 'vocab_size': meta['vocab_size'], **fields}))
+            model = GPT(GPTConfig(**{**PRESETS[args.preset], 'vocab_size': io.padded(meta['vocab_size']), **fields}))
         except ValueError as e:
             io.fail(str(e))
         print0(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')

@@ -208,7 +208,8 @@ def get_tokenizer(name):
     except Exception as e:                           # whatever its downloader raises without a network
         fail(f'tokenizer {name} could not be loaded ({type(e).__name__}): tiktoken downloads it once; without a network set '
              'TIKTOKEN_CACHE_DIR to a folder that holds it, or use bytes')
-    return Tokenizer(name, enc.n_vocab, enc.eot_token, lambda s: enc.encode_ordinary(s), enc.decode)
+    return Tokenizer(name, enc.n_vocab, enc.eot_token, lambda s: enc.encode_ordinary(s),
+                     lambda ids: enc.decode([i for i in ids if i < enc.n_vocab]))        # an untrained model may say a padded one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,9 +431,15 @@ def load_model(ckpt, **override):
     return model
 
 
+def padded(n):
+    """Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token has the rows that are added."""
+    return n if n < 4096 else (n + 63) // 64 * 64
+
+
 def check_fits(config, meta, data_path, lengths=()):
-    """The data's vocabulary is the model's (that of a Hugging Face model may be padded), and the lengths lie inside a learned table."""
-    if meta['vocab_size'] > config.vocab_size or meta['vocab_size'] < config.vocab_size and not meta['tokenizer'].startswith('hf:'):
+    """The data's vocabulary is the model's (padded, for a Hugging Face model by any number), and the lengths lie inside a learned table."""
+    n = meta['vocab_size']
+    if n > config.vocab_size or config.vocab_size not in (n, padded(n)) and not meta['tokenizer'].startswith('hf:'):
         fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use the data that it was trained on')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import extend
 import train
 from data import io
 from data.passkey import prepare as passkey
@@ -349,6 +350,18 @@ def test_it_learns(tmp_path):
         assert run(train.main, flags, f'--data {tmp_path}/data --out {tmp_path}/{which}') == 0
         before, after = [r['val_loss'] for r in rows(tmp_path / which) if 'val_loss' in r]
         assert before > 4.5 and after < 0.5
+
+
+def test_a_large_vocabulary_is_padded(tmp_path):
+    assert [io.padded(n) for n in (101, 257, 32000, 50257, 100277)] == [101, 257, 32000, 50304, 100288]
+    ids = np.random.default_rng(0).integers(5000, size=4000)
+    io.write_data(tmp_path / 'data', io.Tokenizer('gpt2', 5000, 0, None, None), {'train': [ids], 'val': [ids]}, '')
+    assert run(train.main, TINY, f'--steps 1 --data {tmp_path}/data --out {tmp_path}/run') == 0
+    assert io.load_checkpoint(f'{tmp_path}/run')['config']['vocab_size'] == 5056
+    assert run(train.main, TINY, f'--steps 2 --resume --data {tmp_path}/data --out {tmp_path}/run') == 0
+    assert run(extend.main, f'--ckpt {tmp_path}/run --method none --lengths 16 --eval_tokens 64 --stride 8 --data {tmp_path}/data') == 0
+    io.write_data(tmp_path / 'other', io.Tokenizer('gpt2', 4990, 0, None, None), {'train': [ids % 4990], 'val': [ids % 4990]}, '')
+    assert run(extend.main, f'--ckpt {tmp_path}/run --method none --data {tmp_path}/other') == 2
 
 
 @pytest.mark.parametrize('pe', ENCODINGS)
