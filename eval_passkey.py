@@ -10,8 +10,8 @@ Every prompt with its answer is exactly as long as the column says. A key counts
 greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
 tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
 Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (.passkey.json says of
-what; --resume goes on). Prompts depend on (seed, length,
-depth, trial) only. Nothing is compiled: each length would compile again.
+what; --resume goes on). Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would
+compile again.
 """
 import os
 from contextlib import suppress
