@@ -32,7 +32,7 @@ def commands():
             continue
         text = text if file.endswith('.md') else text.split('"""')[1]
         for line in text.splitlines():
-            found = re.search(r'(?:python|torchrun(?: --\S+)*) (-m data\.\S+|-m results\.\S+|\w+\.py) ([^#]*)', line.replace(' ...', ''))
+            found = re.search(r'(?:python|torchrun(?: --\S+)*) (-m data\.\S+|-m results\.\S+|\w+\.py) ([^#`]*)', line.replace(' ...', ''))
             if found:
                 yield file, found[1], found[2].partition('; done')[0].strip()
 
