@@ -115,7 +115,7 @@ def main():
 
     env = io.setup(args)
     ckpt = io.load_checkpoint(args.ckpt)
-    model = io.load_model(ckpt).to(env.device).eval()
+    model = io.frozen(io.load_model(ckpt), env)
     tok, L = io.get_tokenizer(ckpt['tokenizer']), model.config.block_size
     ckpt['model'] = ckpt['optimizer'] = None         # gigabytes
     io.check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])

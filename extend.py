@@ -426,7 +426,7 @@ def main():
     env = io.setup(args)
     ckpt = io.load_checkpoint(args.ckpt)
     ckpt['optimizer'] = None                         # gigabytes
-    model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
+    model = io.frozen(io.load_model(ckpt), env)
     if args.compile:                                 # a missing compiler is known before the work
         io.compiled(model, args, env)
     L = model.config.block_size
@@ -476,7 +476,7 @@ def main():
         start, curve, losses = time.time(), [], []
         if args.method in ROPE:
             ckpt['config']['rope_inv_freq'], lam = ROPE[args.method](model.config, args.length)
-            model = io.load_model(ckpt).to(env.device).eval().requires_grad_(False)
+            model = io.frozen(io.load_model(ckpt), env)
             set_heads(model, lam)
         elif args.method == 'longrope':
             ckpt['config']['rope_inv_freq'], ckpt['config']['rope_start'], curve = longrope(model, data, meta['bos'], args, env)
@@ -494,7 +494,7 @@ def main():
         tokens = len(losses) * args.batch * args.length + tried * args.grid_batches * args.batch * args.length
         if env.master:
             io.save_checkpoint(f'{out}/{name}.pt', dict(
-                model={k: v.cpu() for k, v in model.state_dict().items()}, config=ckpt['config'], optimizer=None, step=ckpt['step'],
+                model=ckpt['model'] | {k: v.cpu() for k, v in model.state_dict().items() if k.endswith(('scale', 'slope'))}, config=ckpt['config'], optimizer=None, step=ckpt['step'],
                 tokens=ckpt['tokens'], seed=ckpt['seed'], args=ckpt['args'], fingerprint=ckpt['fingerprint'], tokenizer=ckpt['tokenizer'],
                 extended=dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'], heads=heads(model).tolist(), slopes=heads(model, 'slope').tolist(),
                               curve=curve, losses=losses, tokens=tokens, seconds=time.time() - start)))

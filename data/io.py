@@ -427,8 +427,19 @@ def load_model(ckpt, **override):
     diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
     if diff:
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
-    model.load_state_dict({k: v for k, v in have.items() if k in want}, strict=False)
+    model.load_state_dict({k: v for k, v in have.items() if k in want}, strict=False, assign=True)       # the weights are there once
     return model
+
+
+def frozen(model, env):
+    """
+    The model on its device, where nothing of it learns (but, later, temperatures). In bf16 its matrices are kept as
+    autocast would cast them at every use: the same numbers from half the memory.
+    """
+    for m in model.eval().requires_grad_(False).modules():
+        if isinstance(m, torch.nn.Linear) and env.dtype == 'bf16':
+            m.to(torch.bfloat16)
+    return model.to(env.device)
 
 
 def padded(n):

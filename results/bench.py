@@ -132,7 +132,7 @@ def once(what, length, shape, dtype, answer):
     """In a process of its own: seconds and peak memory of one step, prompt or window of one row; shape: fields of GPTConfig."""
     env = io.setup(SimpleNamespace(device='auto', dtype=dtype, seed=0))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape)).to(env.device)
+    model = GPT(GPTConfig(**shape)).to(env.device) if what == 'train' else io.frozen(GPT(GPTConfig(**shape)), env)
     tok, ids = io.get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
     args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=None, activation_checkpointing=what.endswith('checkpointing'))
     before = torch.cuda.memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -152,11 +152,9 @@ def once(what, length, shape, dtype, answer):
             extend.entropies(model, [ids], length, env, samples=1)
         else:
             prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
-            eval_passkey.score(model.eval(), [prompt], [answer], env)
+            eval_passkey.score(model, [prompt], [answer], env)
     wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
     net, opt = io.compiled(model, args, env), torch.optim.AdamW(model.parameters(), fused=True)
-    if what != 'train':
-        model.requires_grad_(False)
     start, n = time.time(), 0
     step()                                           # compiles on a GPU; on a CPU it counts where it is long
     wait()

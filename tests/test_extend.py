@@ -99,6 +99,34 @@ def test_tuning_follows_the_paper(focus):
     assert (lam.min() >= 1) == focus and lam.std() > 0.05 and 0 < clipped
 
 
+@pytest.mark.parametrize('pe', ENCODINGS)
+def test_matrices_kept_in_bf16_change_no_number(pe):
+    """io.frozen casts once what autocast casts at each use: the same logits, losses and temperatures, bit for bit."""
+    env, found = SimpleNamespace(**vars(ENV) | dict(dtype='bf16', autocast=lambda: torch.autocast('cpu', torch.bfloat16))), []
+    for keep in io.frozen, lambda model, env: model:
+        model = keep(build(pe=pe, block_size=64), env)
+        assert {p.dtype for n, p in model.named_parameters() if n.endswith('proj.weight')} == {torch.bfloat16 if keep is io.frozen else torch.float32}
+        assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if not n.endswith(('proj.weight', 'head.weight')))
+        x = torch.from_numpy(some(2, 24).astype('int64'))
+        with torch.no_grad(), env.autocast():
+            found.append([model(x)[0], model(x, x)[1], model.generate(x, 8, temperature=0)])
+        found[-1] += [torch.tensor(extend.tune(model, some(2000), 7, knobs(steps=3), env)), extend.heads(model)]
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_tuning_in_bf16_saves_the_weights_as_they_were(trained, corpus, tmp_path):
+    assert run(extend.main, HEAD.replace('--dtype fp32', ''), f'--dtype bf16 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}') == 0
+    old, new = io.load_checkpoint(trained), io.load_checkpoint(f'{tmp_path}/head-128.pt')
+    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {f'blocks.{i}.attn.scale' for i in (0, 1)}
+
+
+def test_a_model_shares_its_weights_with_the_checkpoint(trained):
+    ckpt = io.load_checkpoint(trained)
+    model = io.load_model(ckpt)
+    assert all(p.data_ptr() == ckpt['model'][k].data_ptr() for k, p in model.state_dict().items())
+    assert {k for k, p in model.named_parameters() if not p.requires_grad} == {f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')}
+
+
 def test_focus_holds_at_any_rate():
     lowest = []
     for focus in True, False:

@@ -47,7 +47,7 @@ class NanoNoPE(TemplateLM):
         if self.env.world > 1:
             io.fail('data.hf.harness is one process: start it without torchrun')
         ckpt = io.load_checkpoint(str(ckpt))
-        self.model = io.load_model(ckpt).to(self.env.device).eval()
+        self.model = io.frozen(io.load_model(ckpt), self.env)
         self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
