@@ -427,7 +427,11 @@ def load_model(ckpt, **override):
     diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
     if diff:
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
-    model.load_state_dict({k: v for k, v in have.items() if k in want}, strict=False, assign=True)       # the weights are there once
+    # a converted model may be in half precision, and its head one with the embedding
+    state = {k: v.to(want[k].dtype) for k, v in have.items() if k in want}
+    if state['lm_head.weight'].data_ptr() == state['embed.weight'].data_ptr():
+        state['lm_head.weight'] = state['lm_head.weight'].clone()
+    model.load_state_dict(state, strict=False, assign=True)      # not a second time in memory
     return model
 
 

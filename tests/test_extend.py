@@ -125,6 +125,10 @@ def test_a_model_shares_its_weights_with_the_checkpoint(trained):
     model = io.load_model(ckpt)
     assert all(p.data_ptr() == ckpt['model'][k].data_ptr() for k, p in model.state_dict().items())
     assert {k for k, p in model.named_parameters() if not p.requires_grad} == {f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')}
+    for dtype in torch.float32, torch.bfloat16:      # a converted one, its head and embedding one tensor there
+        ckpt['model']['embed.weight'] = ckpt['model']['lm_head.weight'] = ckpt['model']['embed.weight'].to(dtype)
+        model = io.load_model(ckpt)
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and model.embed.weight.data_ptr() != model.lm_head.weight.data_ptr()
 
 
 def test_focus_holds_at_any_rate():
