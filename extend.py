@@ -435,7 +435,7 @@ def main():
     args.length = args.length or 4 * L
     lengths = sorted(set(args.lengths or io.default_lengths(model.config)))
     args.stride = args.stride or max(1, lengths[0] // 2)
-    io.check_fits(model.config, meta, args.data, lengths + [args.length] * (args.method != 'none'))
+    io.check_fits(model.config, meta, args.data, lengths + [args.length] * (args.method != 'none'), ckpt['tokenizer'])
     io.check_fused(model, max(lengths), env)
     if not 0 < args.stride < lengths[0]:
         io.fail(f'--stride {args.stride} must lie between 1 and the shortest of --lengths less one, {lengths[0] - 1}')

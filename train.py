@@ -175,7 +175,7 @@ def main():
         dist.barrier()
     # model: from scratch, from the weights of another run, or where this run stopped
     fields = {k: v for k, v in vars(args).items() if k in GPTConfig.__dataclass_fields__ and v is not None}
-    ckpt = None
+    ckpt = trained_with = None
     if io.find_checkpoint(args.out):
         if not args.resume:
             io.fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
@@ -185,7 +185,9 @@ def main():
     elif args.init_from:
         if 'block_size' in fields:
             io.fail('--block_size is the length that the checkpoint was pre-trained at and stays: give --length')
-        model = io.load_model(io.load_checkpoint(args.init_from), **fields)
+        start = io.load_checkpoint(args.init_from)
+        model, trained_with = io.load_model(start, **fields), start['tokenizer']
+        del start                                    # gigabytes
         print0(f'starting from the weights of {args.init_from}' + (f' with {fields}' if fields else ''))
     else:
         try:
@@ -210,7 +212,7 @@ def main():
             differs.append(f'--data {args.data} (other tokens than before)')
         if differs:
             io.fail(f'cannot resume {args.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
-    io.check_fits(config, meta, args.data, [args.length])
+    io.check_fits(config, meta, args.data, [args.length], trained_with)
     for name, tokens in (('train', data), ('val', val)):
         if len(tokens) < args.length + 1:
             io.fail(f'{args.data}/{name}.bin has {len(tokens):,} tokens, a row takes {args.length + 1:,}: prepare more text, or lower --length')
@@ -278,7 +280,7 @@ def main():
                 with open(log_file, 'a') as f:
                     f.write(json.dumps(row) + '\n')
             except OSError as e:
-                io.fail(f'{log_file} cannot be written ({e.strerror}): free some space; the last checkpoint is that of step {saved}, --resume goes on')
+                io.fail(f'{log_file} cannot be written ({e.strerror}): free some space' + f'; the last checkpoint is that of step {saved}, --resume goes on' * (not benchmark))
             print(line, flush=True)
 
     def save():
@@ -365,7 +367,7 @@ def main():
         if not ranks[:, :3].isfinite().all():
             rank, column = (~ranks[:, :3].isfinite()).T.nonzero()[0].flip(0).tolist()        # a loss before a gradient
             print0(f'error: step {step + 1}: {"loss" if column == 0 else "gradient"} is not finite on rank {rank} (batch of seed {args.seed}, step {step});'
-                   f' no weight was changed, the last good checkpoint is {args.out}/ckpt.pt at step {saved}: lower --lr, or look at that batch', file=sys.stderr, flush=True)
+                   f' no weight was changed' + f', the last good checkpoint is {args.out}/ckpt.pt at step {saved}' * (not benchmark) + ': lower --lr, or look at that batch', file=sys.stderr, flush=True)
             io.finish(1)
             sys.exit(1)
         for opt in opts:

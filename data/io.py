@@ -427,11 +427,11 @@ def load_model(ckpt, **override):
     diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
     if diff:
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
-    # a converted model may be in half precision, and its head one with the embedding
-    state = {k: v.to(want[k].dtype) for k, v in have.items() if k in want}
-    if state['lm_head.weight'].data_ptr() == state['embed.weight'].data_ptr():
-        state['lm_head.weight'] = state['lm_head.weight'].clone()
-    model.load_state_dict(state, strict=False, assign=True)      # not a second time in memory
+    # the model takes the tensors themselves, so that they are held once; but those of a converted one may be in half precision, or the head one with the embedding
+    own = {k: v.detach() for k, v in have.items() if k in want and v.dtype == want[k].dtype and (k != 'lm_head.weight' or v.data_ptr() != have['embed.weight'].data_ptr())}
+    for k in want.keys() & have.keys() - own.keys():
+        want[k].copy_(have[k])
+    model.load_state_dict(own, strict=False, assign=True)
     return model
 
 
@@ -451,11 +451,15 @@ def padded(n):
     return n if n < 4096 else (n + 63) // 64 * 64
 
 
-def check_fits(config, meta, data_path, lengths=()):
-    """The data's vocabulary is the model's (padded, for a Hugging Face model by any number), and the lengths lie inside a learned table."""
+def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
+    """
+    The data's vocabulary is the model's, and the lengths lie inside a learned table. A model may have more rows than its tokenizer
+    has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers may share.
+    """
     n = meta['vocab_size']
-    if n > config.vocab_size or config.vocab_size not in (n, padded(n)) and not meta['tokenizer'].startswith('hf:'):
-        fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use the data that it was trained on')
+    same = config.vocab_size == n or config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer']) or n < config.vocab_size and meta['tokenizer'].startswith('hf:')
+    if not same:
+        fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use data of the tokenizer that it was trained with')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
 

@@ -113,14 +113,14 @@ def speed(args):
                     if f'{tmp}/ours' in command:
                         with open(f'{tmp}/ours/log.jsonl') as f:
                             steps = [r for r in map(json.loads, f) if 'tok_s' in r]
-                        log[name] = dict(mem_gb=f'{steps[-1]["mem_gb"]:.1f}', mfu=f'{steps[-1]["mfu"]:.3f}' if steps[-1]['mfu'] else '')
+                        log[name] = dict(mem_gb=f'{steps[-1]["mem_gb"]:.1f}', mfu=f'{statistics.median(r["mfu"] for r in steps[len(steps) // 3:]):.3f}' if steps[-1]['mfu'] else '')
                         ms = [1000 * tokens / r['tok_s'] for r in steps]
                     else:
                         ms = [float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)]
                     found.setdefault(name, []).append(statistics.median(ms[len(ms) // 3:]))      # the first third warms up, or compiles
                     print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
             for name, ms in found.items():
-                rows.append(dict(size=size, trainer=name, ms=f'{statistics.median(ms):.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}', rounds=args.rounds, steps=args.steps,
+                rows.append(dict(size=size, trainer=name, ms=f'{statistics.median(ms):.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}', rounds=len(ms), steps=args.steps,
                                  tok_s=f'{1000 * tokens / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else '',
                                  **log.get(name, dict(mem_gb='', mfu=''))))
             if rows:

@@ -4,10 +4,10 @@ Is one row of a table better than another? Their difference, paired: the same pr
     python -m results.compare "NoPE head-log" "NoPE head"
     python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3 --out out
 
-Keys: mean difference over prompts and seeds in points, and its standard error (prompts and seeds taken as independent draws), from
-the trials that make encodings (or --table ablations: make table) left in --out. Two standard errors or more are marked *: so much is
-no accident of the prompts. Of the seeds there are few, and training draws a new model with each: so the loss, from the csv, and the
-keys are shown by seed too.
+Keys: mean difference in points over the prompts, which are the same for every seed, and its standard error, from the trials that
+make encodings (or --table ablations: make table) left in --out. Marked * where it is two standard errors or more and no seed has the
+other sign: no accident of the prompts, for these models. Another seed is another model, and of those there are few: so the keys, and
+the loss from the csv, are shown by seed too.
 """
 import glob
 import statistics
@@ -27,9 +27,9 @@ def trials(row, out, seed):
     return found
 
 
-def difference(a, b):
-    """a, b: hits of the same trials -> (mean of a - b, its standard error)."""
-    d = [x - y for x, y in zip(a, b)]
+def difference(pairs):
+    """pairs: a list for each seed of (hit of a, hit of b), the same prompts in each -> (mean of a - b, its standard error over prompts)."""
+    d = [statistics.mean(a - b for a, b in of) for of in zip(*pairs)]
     return statistics.mean(d), (statistics.stdev(d) if len(d) > 1 else 0) / len(d) ** 0.5
 
 
@@ -40,27 +40,34 @@ def main():
     p.add_argument('--scale', choices=[s for s in SCALES if 'corpora' in SCALES[s]], default='tiny')
     p.add_argument('--seeds', type=io.int_list, default=[1, 2, 3])
     p.add_argument('--out', default='out', help='folder of the runs')
-    p.add_argument('--csv', help='of the losses (default: results/SCALE-encodings.csv, for ablations results/SCALE.csv)')
+    p.add_argument('--csv', help='of the losses (default: results/SCALE-encodings.csv, for ablations results/SCALE.csv, for headline OUT/SCALE/table.csv)')
     args = p.parse_args()
     known = {r.name: r for r in TABLES[args.table]}
     for name in args.rows:
         if name not in known:
             io.fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in known))
-    file = args.csv or f'results/{args.scale}{"-encodings" if args.table == "encodings" else ""}.csv'
+    file = args.csv or dict(headline=f'{args.out}/{args.scale}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    if not io.read_csv(file):
+        io.fail(f'{file} has no rows: make them first (make encodings, or make table), or give --csv')
     losses = {(int(d['seed']), d['row'], int(d['length'])): float(d['loss']) for d in io.read_csv(file)}
+    args.seeds = sorted(set(args.seeds))
     hits = {s: [trials(known[name], f'{args.out}/{args.scale}', s) for name in args.rows] for s in args.seeds}
     lengths = sorted(set.intersection(*(set(t) for pair in hits.values() for t in pair)))
     L, signs = SCALES[args.scale]['L'], lambda values, form: ', '.join(format(v, form) for v in values)
     print(f'{args.rows[0]} less {args.rows[1]}, seeds {",".join(map(str, args.seeds))}\n\n| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')
     for n in lengths:
-        pairs = {}
+        pairs = []
         for s, (a, b) in hits.items():
             if set(a[n]) != set(b[n]):
                 io.fail(f'seed {s}: the two rows were measured on other prompts at {n} tokens: measure them again')
-            pairs[s] = [(a[n][k], b[n][k]) for k in a[n]]
-        mean, error = difference(*zip(*(pair for of in pairs.values() for pair in of)))
+            pairs.append([(a[n][k], b[n][k]) for k in sorted(a[n])])
+            if len(pairs[0]) != len(pairs[-1]):
+                io.fail(f'seeds {args.seeds[0]} and {s} were measured on other prompts at {n} tokens: measure them again')
+        mean, error = difference(pairs)
         loss = [losses[s, args.rows[0], n] - losses[s, args.rows[1], n] for s in args.seeds if all((s, name, n) in losses for name in args.rows)]
-        print(f'| {n / L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{"*" if error and abs(mean) >= 2 * error else ""} | {signs([100 * difference(*zip(*of))[0] for of in pairs.values()], "+.0f")} | '
+        each = [100 * difference([of])[0] for of in pairs]
+        star = '*' * bool(error and abs(mean) >= 2 * error and min(each) * max(each) >= 0)
+        print(f'| {n / L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(each, "+.0f")} | '
               + (f'{statistics.mean(loss):+.4f} | {signs(loss, "+.4f")} |' if loss else '| |'))
 
 

@@ -360,6 +360,10 @@ def test_a_large_vocabulary_is_padded(tmp_path):
     assert io.load_checkpoint(f'{tmp_path}/run')['config']['vocab_size'] == 5056
     assert run(train.main, TINY, f'--steps 2 --resume --data {tmp_path}/data --out {tmp_path}/run') == 0
     assert run(extend.main, f'--ckpt {tmp_path}/run --method none --lengths 16 --eval_tokens 64 --stride 8 --data {tmp_path}/data') == 0
+    for name, code in ('p50k_base', 2), ('gpt2', 0):             # 5,010 are padded to the same number: other tokens
+        io.write_data(tmp_path / name, io.Tokenizer(name, 5010, 0, None, None), {'train': [ids], 'val': [ids]}, '')
+        assert run(train.main, BATCH, f'--init_from {tmp_path}/run --steps 1 --data {tmp_path}/{name} --out {tmp_path}/{name}-run') == code
+        assert run(extend.main, f'--ckpt {tmp_path}/run --method none --lengths 16 --eval_tokens 64 --stride 8 --data {tmp_path}/{name} --out {tmp_path}/{name}-run') == code
     io.write_data(tmp_path / 'other', io.Tokenizer('gpt2', 4990, 0, None, None), {'train': [ids % 4990], 'val': [ids % 4990]}, '')
     assert run(extend.main, f'--ckpt {tmp_path}/run --method none --data {tmp_path}/other') == 2
 
@@ -367,7 +371,7 @@ def test_a_large_vocabulary_is_padded(tmp_path):
 @pytest.mark.parametrize('pe', ENCODINGS)
 def test_attention_off_the_fused_kernels_is_said(pe, corpus, tmp_path, capsys):
     assert run(train.main, TINY, f'--pe {pe} --steps 1 --data {corpus} --out {tmp_path}') == 0
-    assert ('warning: no fused kernel takes this attention (pe=t5, ' in capsys.readouterr().out) == (pe == 't5')
+    assert ('no fused kernel' in capsys.readouterr().out) == (pe == 't5')
 
 
 def test_row_lengths():

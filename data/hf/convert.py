@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 import zipfile
 from dataclasses import asdict, replace
 
@@ -240,8 +239,7 @@ def write(ckpt, folder, dtype):
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         io.fail(f'{folder} exists already: remove it, or choose another name')
-    with torch.device('meta'), warnings.catch_warnings():        # do the weights fit? It warns that they are not copied
-        warnings.simplefilter('ignore')
+    with torch.device('meta'):                       # do the weights fit?
         c = io.load_model(ckpt).config
     model, none = ckpt['model'], 'has it, so it cannot be exported'
     if c.pe not in ('rope', 'nope'):

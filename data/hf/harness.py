@@ -122,7 +122,7 @@ class NanoNoPE(TemplateLM):
             ids = self.anchor(whole, self.max_length - n, self.side)
             cut += len(ids) < len(whole)
             cache, new, text = KVCache(len(ids) + n - 1), [], ''
-            with self.env.autocast(), sdpa_kernel(DECODING):         # around the loop: autocast then casts each weight once
+            with self.env.autocast(), sdpa_kernel(DECODING):
                 while len(new) < n and not any(s in text for s in until):
                     x = torch.tensor([new[-1:] or ids], device=self.env.device)
                     new.append(self.model(x, rows=slice(-1, None), cache=cache)[0][0, -1].argmax().item())
