@@ -367,7 +367,7 @@ def main():
         if not ranks[:, :3].isfinite().all():
             rank, column = (~ranks[:, :3].isfinite()).T.nonzero()[0].flip(0).tolist()        # a loss before a gradient
             print0(f'error: step {step + 1}: {"loss" if column == 0 else "gradient"} is not finite on rank {rank} (batch of seed {args.seed}, step {step});'
-                   f' no weight was changed' + f', the last good checkpoint is {args.out}/ckpt.pt at step {saved}' * (not benchmark) + ': lower --lr, or look at that batch', file=sys.stderr, flush=True)
+                   ' no weight was changed' + f', the last good checkpoint is {args.out}/ckpt.pt at step {saved}' * (not benchmark) + ': lower --lr, or look at that batch', file=sys.stderr, flush=True)
             io.finish(1)
             sys.exit(1)
         for opt in opts:

@@ -13,7 +13,7 @@ import glob
 import statistics
 
 from data import io
-from results.reproduce import SCALES, TABLES, where
+from results.reproduce import SCALES, TABLES, csv_of, where
 
 
 def trials(row, out, seed):
@@ -46,12 +46,12 @@ def main():
     for name in args.rows:
         if name not in known:
             io.fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in known))
-    file = args.csv or dict(headline=f'{args.out}/{args.scale}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    file = args.csv or csv_of(args.table, args.scale, args.out)
     args.seeds = sorted(set(args.seeds))
     hits = {s: [trials(known[name], f'{args.out}/{args.scale}', s) for name in args.rows] for s in args.seeds}
-    if not io.read_csv(file):
-        io.fail(f'{file} has no rows: make them first (make encodings, or make table), or give --csv')
     losses = {(int(d['seed']), d['row'], int(d['length'])): float(d['loss']) for d in io.read_csv(file)}
+    if not losses:
+        io.fail(f'{file} has no rows: make them first (make encodings, or make table), or give --csv')
     lengths = sorted(set.intersection(*(set(t) for pair in hits.values() for t in pair)))
     L, signs = SCALES[args.scale]['L'], lambda values, form: ', '.join(format(v, form) for v in values)
     print(f'{args.rows[0]} less {args.rows[1]}, seeds {",".join(map(str, args.seeds))}\n\n| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')

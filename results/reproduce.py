@@ -208,6 +208,11 @@ def where(out, base, seed, name):
     return f'{out}/{base}-{seed}/{name.replace(",", "").replace(" ", "-").lower()}'
 
 
+def csv_of(table, scale, out):
+    """Where the rows of a table go."""
+    return f'{out}/{scale}/table.csv' if table == 'headline' else f'results/{scale}{"-encodings" * (table == "encodings")}.csv'
+
+
 def plot(rows, groups, lengths, L, file):
     """groups: {title: names of rows}: passkey accuracy and, below it, loss by length, mean and range of the seeds; three groups side by side."""
     plt = io.pyplot(file)
@@ -297,7 +302,7 @@ def main():
     if args.plot:
         io.pyplot(args.plot)
     scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
-    file = args.csv or dict(headline=f'{out}/table.csv', ablations=f'results/{args.scale}.csv', encodings=f'results/{args.scale}-encodings.csv')[args.table]
+    file = args.csv or csv_of(args.table, args.scale, args.out)
     io.preflight(os.path.dirname(file) or '.', 0)
     todo = scale.get('rows', todo)                   # real text has one table
     L, target, names = scale['L'], scale['target'], [r.name for r in todo]
