@@ -199,6 +199,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def init_std(c, name):
+    """TinyLlama's initialisation (its lit_gpt/model.py): sqrt(2 / 5d), and 1 / (sqrt(d) n_layer) for what is added to the residual."""
+    return 1 / math.sqrt(c.n_embd) / c.n_layer if name.endswith(('o_proj.weight', 'down_proj.weight')) else math.sqrt(2 / 5 / c.n_embd)
+
+
 class GPT(nn.Module):
     logits_at_once = 2**26       # logits held at a time by the loss: 256 MB in fp32
     activation_checkpointing = False         # keep only what enters each block, and compute the rest again in backward
@@ -212,19 +217,17 @@ class GPT(nn.Module):
         elif c.pe == 't5':
             self.pos_bias = nn.Embedding(32, c.n_head)           # one table for all layers
         elif c.pe == 'alibi':
-            self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head)), persistent=False)
+            self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head), device='cpu'), persistent=False)
         elif c.pe == 'rope':
             trained = rope_frequencies(c)
-            self.register_buffer('trained_freq', torch.tensor(trained, dtype=torch.float32), persistent=False)
-            self.register_buffer('inv_freq', torch.tensor(c.rope_inv_freq or trained, dtype=torch.float32), persistent=False)
+            self.register_buffer('trained_freq', torch.tensor(trained, dtype=torch.float32, device='cpu'), persistent=False)
+            self.register_buffer('inv_freq', torch.tensor(c.rope_inv_freq or trained, dtype=torch.float32, device='cpu'), persistent=False)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        # TinyLlama's initialisation (its lit_gpt/model.py): sqrt(2 / 5d), and 1 / (sqrt(d) n_layer) into the residual
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
-                nn.init.normal_(p, std=1 / math.sqrt(c.n_embd) / c.n_layer if residual else math.sqrt(2 / 5 / c.n_embd))
+                nn.init.normal_(p, std=init_std(c, name))
 
     def forward(self, idx, targets=None, rows=None, cache=None):
         """
@@ -272,7 +275,7 @@ class GPT(nn.Module):
         """Mean cross-entropy of x (N, C) against targets (N,), a chunk of rows at a time, each recomputed in backward."""
         def chunk(x, t):
             return F.cross_entropy(self.lm_head(x).float(), t, reduction='sum')
-        n = max(1, self.logits_at_once // self.config.vocab_size)
+        n = 1 << max(1, self.logits_at_once // self.config.vocab_size).bit_length() - 1      # chunks of one shape, for batches of any usual size
         if len(x) <= n:
             return chunk(x, targets) / len(x)
         return sum(checkpoint(chunk, a, t, use_reentrant=False) for a, t in zip(x.split(n), targets.split(n))) / len(x)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, init_std
 
 
 def fail(message, everywhere=False):
@@ -63,6 +63,7 @@ def explain(kind, e, trace):
         print(f'error: rank {os.environ.get("RANK")} lost another process, which has ended or not answered in time; start again, train.py with --resume. {first}', file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, e, trace)
+    finish(1)
 
 
 def setup(args):
@@ -90,7 +91,10 @@ def setup(args):
         device = f'cuda:{index}'
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=getattr(args, 'timeout', 600)), **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
+        # under torchrun --max-restarts the store outlives an attempt, and with it the addresses of processes that are gone
+        wait, attempt = timedelta(seconds=getattr(args, 'timeout', 600)), os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+        store = dist.PrefixStore(f'attempt_{attempt}', next(dist.rendezvous('env://', rank, world, timeout=wait))[0])
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank, world_size=world, timeout=wait, **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
     sys.excepthook = explain
     torch.manual_seed(args.seed)
     dtype, reason = pick_dtype(args.dtype, kind)
@@ -128,6 +132,7 @@ def compiled(model, args, env):
             fail(f'--compile needs {" or ".join(need)}: install one, or leave the flag out')
         env.print(f'not compiled: {" or ".join(need)} is not installed')
         return model
+    torch._dynamo.config.recompile_limit = 64        # --min_length makes a shape of every halving
     return torch.compile(model, dynamic=False)
 
 
@@ -288,11 +293,21 @@ class Tokens:
         return np.frombuffer(read, self.dtype).astype(dtype or self.dtype)
 
 
+def random_vocab(path):
+    """'random' or 'random:VOCAB' -> the size of its vocabulary; None for a folder."""
+    name, _, vocab = os.fspath(path).partition(':')
+    if name != 'random' or os.path.sep in vocab:
+        return None
+    if vocab and not (vocab.isdigit() and 1 < int(vocab) < 2**31):
+        fail(f'--data {path}: random:VOCAB takes a number of tokens, random:50257 for instance')
+    return int(vocab or 32000)
+
+
 def open_data(path, split):
     """(Tokens, meta), checked as far as that is cheap: size, type, the largest id."""
-    if path == 'random':                             # for benchmarks: tokens that cost nothing to read and teach nothing
-        data = np.random.default_rng(split == 'val').integers(32000, size=2**22, dtype=np.uint16)
-        return data, dict(tokenizer='random', dtype='uint16', vocab_size=32000, bos=None, **{s: dict(tokens=len(data), docs=[0], sha256='random') for s in ('train', 'val')})
+    if vocab := random_vocab(path):                  # for benchmarks: tokens that cost nothing to read and teach nothing
+        data = np.random.default_rng(split == 'val').integers(vocab, size=2**22, dtype=np.uint16 if vocab <= 2**16 else np.uint32)
+        return data, dict(tokenizer='random', dtype=data.dtype.name, vocab_size=vocab, bos=None, **{s: dict(tokens=len(data), docs=[0], sha256='random') for s in ('train', 'val')})
     if not os.path.isdir(path):
         fail(f'--data {path} is not a folder; make one with python -m data.passkey.prepare or data.text.prepare')
     try:
@@ -377,6 +392,7 @@ def save_checkpoint(path, ckpt):
 
 def find_checkpoint(path):
     """A checkpoint file, or a run's folder -> the file that holds the last complete save, or None."""
+    path = os.fspath(path)
     if not os.path.isdir(path):
         return path if os.path.exists(path) else None
     # a kill between the two renames of a save leaves the previous one only
@@ -418,7 +434,8 @@ def fingerprint(path):
 def load_model(ckpt, **override):
     """The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit."""
     try:
-        model = GPT(GPTConfig(**{**ckpt['config'], **override}))
+        with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
+            model = GPT(GPTConfig(**{**ckpt['config'], **override}))
     except (TypeError, ValueError) as e:
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
@@ -427,11 +444,12 @@ def load_model(ckpt, **override):
     diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
     if diff:
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
-    # the model takes the tensors themselves, so that they are held once; but those of a converted one may be in half precision, or the head one with the embedding
-    own = {k: v.detach() for k, v in have.items() if k in want and v.dtype == want[k].dtype and (k != 'lm_head.weight' or v.data_ptr() != have['embed.weight'].data_ptr())}
-    for k in want.keys() & have.keys() - own.keys():
-        want[k].copy_(have[k])
-    model.load_state_dict(own, strict=False, assign=True)
+    # the tensors themselves, so that they are held once; but those of a converted one may be in half precision, or the head one with the embedding
+    tied = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
+    own = {k: have[k].detach().to(want[k].dtype, copy=tied and k == 'lm_head.weight') for k in want if k in have}
+    for k in want.keys() - own.keys():               # the table of a position encoding that the checkpoint has not
+        own[k] = torch.nn.init.normal_(torch.empty(want[k].shape), std=init_std(model.config, k))
+    model.load_state_dict(own, assign=True)
     return model
 
 
