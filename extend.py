@@ -389,7 +389,7 @@ def main():
     p.add_argument('--lr', type=float, default=0.05, help='0.05 or 0.1 in the paper')
     p.add_argument('--steps', type=int, default=200)
     p.add_argument('--batch', type=int, default=8, help='rows a step, over all processes')
-    p.add_argument('--micro_batch', type=int, help='rows in one forward pass (default: this process\'s share of --batch)')
+    p.add_argument('--micro_batch', type=int, help='rows in one forward pass (default: this process\'s share of --batch, on a GPU what fits of it)')
     # longrope (the paper's values, table 9)
     p.add_argument('--population', type=int, default=64, help='candidates in the first generation; later ones have half as many new ones')
     p.add_argument('--iterations', type=int, default=40, help='generations after the first')
@@ -445,9 +445,11 @@ def main():
         io.fail(f'--length {args.length:,} must lie between 1 and the {len(data) - 1:,} tokens of {args.data}/train.bin')
     if args.batch % env.world:
         io.fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
-    args.micro_batch = min(args.micro_batch or args.batch, args.batch // env.world)
-    if args.micro_batch < 1:
-        io.fail(f'--micro_batch {args.micro_batch} must be at least 1')
+    given, rows = args.micro_batch, args.batch // env.world
+    args.micro_batch = min(given or rows, rows)
+    while not given and tuned and 'cuda' in env.device and args.micro_batch > 1 and (
+            1.3 * io.memory(model, args.micro_batch * args.length, False, args, env) + 2e9 > torch.cuda.mem_get_info()[0]):      # room for what the estimate leaves out
+        args.micro_batch //= 2
     docs = io.documents(val, meta, 'val')
     if args.eval_tokens:
         (paper_windows if args.protocol == 'paper' else windows)(docs, args.past or lengths[-1], args.stride, 1)      # too short a val.bin is known before the work

@@ -6,6 +6,7 @@ one GPU:         python train.py --preset small --pe nope --data data/books --ou
 one node:        torchrun --standalone --nproc_per_node=8 train.py --preset tinyllama --data data/corpus --out out/tinyllama
 two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset tinyllama --data data/corpus --out out/tinyllama
 after a stop:    the same command with --resume (and with --resume always given: starts if there is nothing to resume)
+by itself:       torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py --resume --preset tinyllama --data data/corpus --out out/tinyllama
 DroPE:           python train.py --init_from out/rope --pe nope --steps 300 --data data/passkey --out out/drope
 longer context:  python train.py --init_from out/rope --length 1024 --steps 200 --data data/passkey --out out/rope-1024
 
@@ -13,6 +14,7 @@ Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON 
 exit (143, 130). The batch of a step depends on (seed, step) only, so any number of processes trains on the same data.
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -44,7 +46,7 @@ def get_args():
     p = io.parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # files
-    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random: a benchmark, which saves no checkpoint')
+    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random, random:VOCAB: a benchmark (vocabulary 32000), which saves no checkpoint')
     p.add_argument('--out', required=True, help='folder of this run')
     p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
     p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
@@ -233,7 +235,7 @@ def main():
         dist.all_gather_object(where, (ckpt and ckpt['step'], meta['train']['sha256']))
         if len(set(where)) > 1:
             io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
-    benchmark = args.data == 'random'                # has nothing to keep but its log
+    benchmark = io.random_vocab(args.data)           # has nothing to keep but its log
     io.preflight(args.out, 0 if benchmark else (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
                  io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' and not ckpt else 0)
     held = held or (io.lock(args.out) if env.master else None)           # noqa: F841 (kept open as long as we live)
@@ -311,9 +313,10 @@ def main():
 
     def stopping():
         """The signal that any rank has heard, the same answer on every rank."""
+        if env.world == 1:
+            return stop
         heard = torch.tensor(stop, device=env.device)
-        if env.world > 1:
-            dist.all_reduce(heard, dist.ReduceOp.MAX)
+        dist.all_reduce(heard, dist.ReduceOp.MAX)
         return heard.item()
 
     def save_and_leave(number):
@@ -323,7 +326,9 @@ def main():
         sys.exit(128 + number)
 
     x, y = next_batch(step)
-    started, clock, clock_step = time.time(), time.time(), step
+    gc.collect()
+    gc.freeze()                                      # what is here stays: the collector need not look at it again and again
+    started, clock, clock_step, times = time.time(), time.time(), step, []
     saved = step if ckpt else -1
     while True:
         # save first, then evaluate: a failing evaluation must not cost the run
@@ -337,7 +342,7 @@ def main():
         if step >= args.steps:
             break
 
-        factor = lr_factor(step, args)
+        began, factor = time.time(), lr_factor(step, args)
         for opt, base in zip(opts, base_lr):
             for group in opt.param_groups:
                 group['lr'] = base * factor
@@ -374,6 +379,7 @@ def main():
             opt.step()
             opt.zero_grad(set_to_none=True)
         step, tokens_seen = step + 1, tokens_seen + args.batch_tokens
+        times.append(1000 * (time.time() - began))   # every step has waited for the GPU, for its status
 
         if step % args.log_every == 0 or step == args.steps:
             loss_mean, now = ranks[:, 0].mean().item(), time.time()
@@ -387,6 +393,9 @@ def main():
             clock, clock_step = now, step
         if ranks[:, 3].any():
             save_and_leave(int(ranks[:, 3].max()))
+    if times:
+        low, median, high = np.percentile(times, (5, 50, 95))
+        print0(f'a step: {median:,.1f} ms in the median, 5 to 95 %: {low:,.1f} to {high:,.1f}, the longest {max(times):,.1f}')
     print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/{"log.jsonl" if benchmark else "ckpt.pt"}')
     io.finish()
 
