@@ -5,7 +5,8 @@ Speed of training beside other trainers, and how the cost of each script grows.
     python -m results.bench --nanogpt ~/nanoGPT --size tinyllama --steps 15              # results/speed-tinyllama.csv: the same at 1.1B, on a GPU of 80 GB
     python -m results.bench --costs                      # results/costs.csv: seconds and memory by length and by model size
     python -m results.bench --costs --preset tinyllama --lengths 2048,4096,8192,16384    # results/costs-tinyllama.csv: of a preset, on a GPU in bf16, compiled
-    python -m results.bench --passkey out/model          # results/passkey-speed.csv: the passkey grid beside transformers' generate (no QK-norm)
+    python -m results.bench --perplexity                 # results/perplexity-speed.csv: measuring perplexity beside bare forward passes (--preset, --lengths)
+    python -m results.bench --passkey out/model          # results/passkey-speed.csv: the passkey grid beside transformers' generate
 
 Every contender is a process of its own, in turns, `--rounds` times over; the figure is the median step of a round. All
 train on the same tokens, 16 rows of 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of
@@ -170,8 +171,15 @@ def once(what, length, shape, dtype, answer):
     answer.put((seconds, (peak - before) / 1e6))
 
 
+def expected(what, n, shape):
+    """Arithmetic of one row of n tokens, but for a constant: (6N + 12 n_layer n_embd T) T; the entropy takes the scores a second time."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**shape))
+    return n * (model.flops_per_token(n) + 6 * shape['n_layer'] * shape['n_embd'] * n * (what == 'entropy')), model.num_params()
+
+
 def costs(args):
-    rows, spawn = [], multiprocessing.get_context('spawn')
+    rows, flops, spawn = [], {}, multiprocessing.get_context('spawn')
     whats = ('train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy')
     own = lambda width: dict(vocab_size=101, block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=width, n_inner=width, qk_norm=True)
     shape, dtype, file = (PRESETS[args.preset], 'auto', f'results/costs-{args.preset}.csv') if args.preset else (own(128), 'fp32', 'results/costs.csv')
@@ -189,32 +197,76 @@ def costs(args):
             continue
         seconds, mb = answer.get()
         p.join()
-        rows.append(dict(what=what, length=n, width=width, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}'))
+        flops[what, n, width], params = expected(what, n, shape)
+        rows.append(dict(what=what, length=n, width=width, params=params, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}'))
         # how it grew from the last one, as the slope in log-log: by length, or where that is the same, by width
         before = [r for r in rows[:-1] if r['what'] == what and (r['width'] == width and r['length'] < n or r['length'] == n and r['width'] < width)]
-        exponents = ['', '', '']
+        exponents = ['', '', '', '']
         if before:
             old = before[-1]
             by = 'length' if old['length'] < n else 'width'
             grew = math.log(rows[-1][by] / old[by])
-            exponents = [by] + [f'{math.log(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9)) / grew:.2f}' for k in ('seconds', 'mb')]
-        rows[-1].update(zip(('grows_by', 'time_exponent', 'memory_exponent'), exponents))
+            exponents = [by] + [f'{math.log(x) / grew:.2f}' for x in (flops[what, n, width] / flops[what, old['length'], old['width']],
+                                                                      *(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9) for k in ('seconds', 'mb')))]
+        rows[-1].update(zip(('grows_by', 'arithmetic_exponent', 'time_exponent', 'memory_exponent'), exponents))
         print(rows[-1], flush=True)
         io.write_csv(file, rows)
+    return rows
+
+
+def perplexity(args):
+    """Seconds of extend.perplexity, and of as many bare forward passes over the same number of windows, in turns."""
+    env = io.setup(SimpleNamespace(device=args.device, dtype='auto' if 'cuda' in args.device else 'fp32', seed=0))
+    vocab = 32000 if args.preset else io.get_tokenizer('passkey').n_vocab
+    model, rows = io.frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[args.preset or 'tiny'])), env), []
+    wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
+    for n in args.lengths:
+        size, many = max(1, 2**14 // n), max(4, 2**16 // n)          # windows in a forward pass, and in all
+        stride = min(256, n // 2)
+        ids = np.random.default_rng(0).integers(vocab, size=n + many * stride + 1).astype(np.uint16)
+        window = torch.from_numpy(ids[:n].astype(np.int64)).to(env.device).repeat(size, 1)
+
+        @torch.inference_mode()
+        def bare():
+            for i in range(0, many, size):
+                with env.autocast():
+                    model(window[:many - i], rows=slice(-1, None))
+            wait()
+        times = ([], [])
+        for k in range(args.rounds + 1):             # the first one warms up
+            for t, how in zip(times, (bare, lambda: extend.perplexity(model, [ids], None, [n], stride, many * stride, env, 2**14))):
+                start = time.time()
+                how()
+                t.append(time.time() - start)
+        forward, whole = (statistics.median(t[1:]) for t in times)
+        rows.append(dict(preset=args.preset or 'tiny', length=n, windows=many, stride=stride, forward_s=f'{forward:.3f}', perplexity_s=f'{whole:.3f}', times=f'{whole / forward:.2f}'))
+        print(rows[-1], flush=True)
+        io.write_csv('results/perplexity-speed.csv', rows)
     return rows
 
 
 def passkey(args):
     """The same prompts through eval_passkey.score, and as the paper has it: one prompt at a time through transformers' generate."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
     except ImportError:
         io.fail('--passkey measures transformers: pip install transformers')
     env, ckpt = io.setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0)), io.load_checkpoint(args.passkey)
     model, tok = io.load_model(ckpt).to(env.device).eval(), io.get_tokenizer(ckpt['tokenizer'])
-    with tempfile.TemporaryDirectory() as tmp:
-        convert.write(ckpt, f'{tmp}/hf', 'fp32')
-        theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf').to(env.device).eval()
+    c = model.config
+    if c.qk_norm:                                    # not exported; Qwen3 has it, with a gain of 1 here, and RoPE, which by frequencies of 0 is none
+        if c.pe not in ('nope', 'rope') or c.rope_inv_freq or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any():
+            io.fail(f'{args.passkey}: with QK-norm, transformers knows only nope and rope, not extended')
+        theirs = Qwen3ForCausalLM(Qwen3Config(**{hf: getattr(c, ours) for ours, hf in convert.SHAPE.items()}, head_dim=c.n_embd // c.n_head, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+                                              tie_word_embeddings=False, max_position_embeddings=16 * c.block_size, bos_token_id=tok.bos, eos_token_id=None, pad_token_id=None)).to(env.device).eval()
+        theirs.load_state_dict({convert.hf_name(k): w for k, w in ckpt['model'].items() if not k.endswith(('.scale', '.slope'))}, strict=False)
+        if c.pe == 'nope':
+            theirs.model.rotary_emb.inv_freq.zero_()
+    else:
+        with tempfile.TemporaryDirectory() as tmp:
+            convert.write(ckpt, f'{tmp}/hf', 'fp32')
+            theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf').to(env.device).eval()
+    theirs.generation_config.eos_token_id = None     # or they would stop there, or be kept from it
     rows = []
 
     def ours_score(made):
@@ -226,7 +278,7 @@ def passkey(args):
 
     def their_text(m):
         x = torch.tensor([m[0]], device=env.device)
-        return theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(m[1]), min_new_tokens=len(m[1]), do_sample=False)[0].tolist()
+        return theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(m[1]), do_sample=False)[0].tolist()
 
     for n in io.default_lengths(model.config)[1:]:   # half of it may hold no prompt
         made = [eval_passkey.make_prompt(tok, n, d, 10, np.random.default_rng((42, n, d, t))) for t in range(2) for d in range(10)]
@@ -249,8 +301,9 @@ def passkey(args):
 def main():
     p = io.parser(__doc__)
     p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
+    p.add_argument('--perplexity', action='store_true', help='measuring perplexity beside bare forward passes, instead of the speed of training')
     p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
-    p.add_argument('--preset', choices=PRESETS, help='--costs of this one (default: 4 layers x 128, fp32)')
+    p.add_argument('--preset', choices=PRESETS, help='--costs of this one (default: 4 layers x 128, fp32); --perplexity of this one (default tiny)')
     p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
     p.add_argument('--rounds', type=int, default=3)
@@ -260,9 +313,9 @@ def main():
     args = p.parse_args()
     if args.rounds < 1 or args.steps < 3:
         io.fail('--rounds must be at least 1, --steps at least 3')
-    if args.preset and not args.costs:
-        io.fail('--preset is for --costs; the speed of training takes --size')
-    rows = passkey(args) if args.passkey else costs(args) if args.costs else speed(args)
+    if args.preset and not (args.costs or args.perplexity):
+        io.fail('--preset is for --costs and --perplexity; the speed of training takes --size')
+    rows = (passkey if args.passkey else perplexity if args.perplexity else costs if args.costs else speed)(args)
     if not rows:
         io.fail('nothing was measured: the lines above say why')
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))

@@ -114,26 +114,35 @@ SCALES = dict(
     toy=dict(TINY, L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 ', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
-              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
+    tiny=(tiny := dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
+                       measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10')),
+    # on three fifths of the tokens, half as many a step, measured with half as many prompts
+    quick=dict(tiny, shape='--steps 2800 --lr 2e-3 --muon_lr 7e-3 ', train='--batch_tokens 2048 --micro_batch 8', passkey='--depths 10 --trials 5'),
     # one GPU, under an hour (an estimate: not run yet)
     small=dict(TEXT, preset='small', steps=5000, tokenizer='gpt2', tokens=700_000_000, train='', tune='--micro_batch 2', measure='--eval_tokens 131072 --stride 256', passkey='--depths 10 --trials 5'),
     # its rehearsal on CPU
     small_toy=dict(TEXT, preset='small', dtype='fp32', steps=16, tokenizer='bytes', tokens=200_000, L=320, shape='--block_size 320 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 ',
                    train='--batch_tokens 640 --micro_batch 2 --eval_tokens 640', target=640, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1',
                    lengths='320,640,1280', measure='--eval_tokens 512 --stride 64', passkey='--depths 2 --trials 1'),
-    # eight GPUs: 105B tokens twice, 57 hours each if a GPU makes 64,000 tokens a second (not run yet); then the temperatures, minutes
-    paper=dict(TEXT, preset='tinyllama', processes=8, steps=50_000, tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, rows=PAPER, L=2048, train='', target=8192, tune='--lr 0.1 --micro_batch 1',
+    # eight GPUs, days (not run yet)
+    paper=dict(TEXT, about='50,000 steps of 2,097,152 tokens for NoPE, the same for RoPE: 57 hours each on 8 GPUs if one makes 64,000 tokens a second (never measured), then temperatures and\n'
+               'measuring, an hour. lr 3.5e-4 from step 2,000 on; its cosine would end at step 1,430,512, as TinyLlama\'s, so at 50,000 it is still 99.7 % of that. The commands, after the data:',
+                preset='tinyllama', processes=8, steps=50_000, tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, rows=PAPER, L=2048, train='', target=8192, tune='--lr 0.1 --micro_batch 1',
                lengths='1024,2048,4096,8192,16384', measure='--eval_tokens 2097152 --stride 256 --protocol paper', passkey='--depths 10 --trials 10'),
 )
 
 
+def command(script, flags, processes=1):
+    """As it would be typed."""
+    return 'python ' + f'-m torch.distributed.run --standalone --nproc_per_node={processes} ' * (processes > 1 and script.endswith('.py')) + f'{script} {flags}'
+
+
 def run(script, flags, threads=None, log=None, processes=1):
-    """One command, shown as it would be typed; with a log it speaks there, and only its last line is said where it fails."""
-    launch = f'-m torch.distributed.run --standalone --nproc_per_node={processes} ' if processes > 1 and script.endswith('.py') else ''
-    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}python {launch}{script} {flags}' + (f' >> {log} 2>&1' if log else ''), flush=True)
+    """One command, shown; with a log it speaks there, and only its last line is said where it fails."""
+    line = command(script, flags, processes)
+    print(f'\n$ {f"OMP_NUM_THREADS={threads} " if threads else ""}{line}' + (f' >> {log} 2>&1' if log else ''), flush=True)
     with open(log, 'a') if log else nullcontext() as out:
-        code = subprocess.call([sys.executable] + shlex.split(f'{launch}{script} {flags}'), stdout=out, stderr=log and subprocess.STDOUT,
+        code = subprocess.call([sys.executable] + shlex.split(line)[1:], stdout=out, stderr=log and subprocess.STDOUT,
                                env=dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None)
     if code:
         if log:
@@ -295,8 +304,6 @@ def main():
     args = p.parse_args()
     if args.scale not in SCALES:
         io.fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
-    if SCALES[args.scale]['dtype'] == 'auto' and torch.cuda.device_count() < SCALES[args.scale]['processes']:
-        io.fail(f'SCALE={args.scale} takes {SCALES[args.scale]["processes"]} GPU of this machine, which has {torch.cuda.device_count()}; SCALE=tiny needs none')
     if 'corpora' not in SCALES[args.scale] and args.table != 'headline' or 'corpora' in SCALES[args.scale] and (args.text or args.tokenizer):
         io.fail('--table is for the scales toy and tiny, --text and --tokenizer are for the others')
     if args.plot:
@@ -338,6 +345,16 @@ def main():
     missing = {seed: [r for r in todo if not args.no_run and not any(d['row'] == r.name and int(d['seed']) == seed for d in done)] for seed in args.seeds}
     if args.no_run and not any(d['row'] in names for d in done):
         io.fail(f'{file} has no row of this table made with these flags: leave out --no_run')
+    train_flags = lambda name, seed: (f'--init_from {out}/{runs[name].parent}-{seed} ' if runs[name].parent else '') + f'{trained[name]} --data {out}/{folder_of[runs[name].corpus]} --seed {seed} --resume'
+    if any(missing.values()) and 'about' in scale:
+        print(scale['about'])
+        for name in dict.fromkeys(name for r in todo for name in line(r.run)):
+            print(command('train.py', f'{train_flags(name, args.seeds[0])} --out {out}/{name}-{args.seeds[0]}', processes))
+        for r in todo:
+            if r.method:
+                print(command('extend.py', f'--ckpt {out}/{r.run}-{args.seeds[0]} --data {out}/{folder_of[r.corpus]} {extend[r.name]}', processes))
+    if any(missing.values()) and dtype == 'auto' and torch.cuda.device_count() < processes:
+        io.fail(f'SCALE={args.scale} takes {processes} GPU of this machine, which has {torch.cuda.device_count()}; SCALE=tiny needs none')
     for corpus, (source, options) in corpora.items():
         if any(missing.values()) and not os.path.exists(f'{out}/{folder_of[corpus]}/meta.json'):
             run(f'-m data.{source}.prepare', f'--out {out}/{folder_of[corpus]} {options}')
@@ -389,8 +406,7 @@ def main():
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
         # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
         for generation in zip_longest(*(line(r.run) for r in left)):
-            train({f'{out}/{name}-{seed}': (f'--init_from {out}/{runs[name].parent}-{seed} ' if runs[name].parent else '')
-                   + f'{trained[name]} --data {out}/{folder_of[runs[name].corpus]} --seed {seed} --resume' for name in dict.fromkeys(generation) if name}, processes)
+            train({f'{out}/{name}-{seed}': train_flags(name, seed) for name in dict.fromkeys(generation) if name}, processes)
         # the rows too side by side, those that tune or train first: they take longest
         left = sorted(left, key=lambda r: (not r.then, r.method not in ('head', 'head-log', 'longrope')))
         for n, new in enumerate(side_by_side([partial(make, r, seed) for r in left], processes), 1):

@@ -467,3 +467,19 @@ def test_a_tokenizer_of_theirs(hf, tmp_path):
     ours = io.get_tokenizer(f'hf:{tmp_path}/out')
     assert there.encode('the grass is green', add_special_tokens=False) == ours.encode('the grass is green') == [3, 4, 5, 6] and ours.bos == 0
     assert load(hf, tmp_path / 'out').config.bos_token_id == config_of(tmp_path / 'out')['eos_token_id'] == 0
+
+
+@pytest.mark.parametrize('pe, qk_norm', [('nope', True), ('rope', True), ('nope', False), ('rope', False)])
+def test_the_passkey_grid_through_generate(pe, qk_norm, hf, tmp_path, monkeypatch):
+    """results/bench.py --passkey: their greedy decoding gives our tokens, and as many keys."""
+    from results import bench
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(SHAPE, vocab_size=101, block_size=96), pe=pe, qk_norm=qk_norm))
+    for p in model.parameters():                     # sharp enough that no two tokens are level
+        if p.dim() == 2:
+            p.data *= 3
+    path = checkpoint(tmp_path / 'ckpt.pt', model, 'passkey')
+    monkeypatch.setattr(io, 'write_csv', lambda *_: None)
+    monkeypatch.setattr(io, 'default_lengths', lambda _: [48, 96, 128])
+    for row in bench.passkey(SimpleNamespace(passkey=path, device='cpu', rounds=1)):
+        assert row['decoded_alike'] == row['prompts'] == 20 and row['our_hits'] == row['their_hits']

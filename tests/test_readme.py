@@ -3,6 +3,7 @@ import contextlib
 import functools
 import glob
 import importlib
+import math
 import os
 import queue
 import re
@@ -143,7 +144,11 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
     commands.clear()
     monkeypatch.undo()
     monkeypatch.setattr(reproduce, 'run', lambda *a, **k: commands.append((*a, k.get('processes', 1))))
-    assert in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper') == 2 and 'takes 8 GPU' in capsys.readouterr().err
+    assert in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper') == 2
+    out, err = capsys.readouterr()
+    assert 'takes 8 GPU' in err and '57 hours' in out and out.count('--nproc_per_node=8 train.py --preset tinyllama') == 2 and out.count('extend.py') == 4
+    step = types.SimpleNamespace(**train.RECIPES['tinyllama'])
+    assert f'{100 * train.lr_factor(step.steps, step):.1f} % of that' in out
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(io, 'open_data', lambda *_: ((), {}))
     monkeypatch.setattr(io, 'documents', lambda *_: [range(10**6)])
@@ -160,6 +165,26 @@ def test_what_a_step_costs(what):
     bench.once(what, 96, dict(vocab_size=101, block_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, n_inner=32), 'fp32', answer)
     seconds, mb = answer.get()
     assert 0 < seconds < 10 and 0 <= mb < 1000
+
+
+def test_arithmetic_beside_what_it_costs():
+    """The counted arithmetic is that of one layer written out, and the csv's exponents are its slopes."""
+    C, inner, T = 8, 24, 100
+    shape = dict(vocab_size=101, n_layer=1, n_head=2, n_kv_head=2, n_embd=C, n_inner=inner)
+    params = 4 * C * C + 3 * C * inner + 101 * C + 3 * C + 2 * 2         # and norms, and temperatures and slopes
+    assert bench.expected('train', T, shape) == (T * (6 * params + 12 * C * T), params)
+    assert bench.expected('entropy', T, shape) == (T * (6 * params + 18 * C * T), params)
+    rows = {(r['what'], int(r['length']), int(r['width'])): r for r in io_rows('results/costs.csv')}
+    for (what, n, width), r in rows.items():
+        if r['grows_by'] == 'length' and n > 1024:
+            more, less = (bench.expected(what, m, dict(vocab_size=101, n_layer=4, n_head=4, n_kv_head=4, n_embd=width, n_inner=width))[0] for m in (n, n // 2 if n == 32768 else n // 4))
+            assert abs(float(r['arithmetic_exponent']) - math.log(more / less) / math.log(2 if n == 32768 else 4)) < 0.006
+
+
+def test_perplexity_beside_bare_forward_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, 'write_csv', lambda file, rows: None)
+    row, = bench.perplexity(types.SimpleNamespace(device='cpu', preset=None, lengths=[32], rounds=1))
+    assert row['windows'] * row['stride'] == 2**15 and 0.1 < float(row['times']) < 10
 
 
 @pytest.mark.parametrize('size', ['tiny', 'tinyllama'])
