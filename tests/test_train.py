@@ -51,11 +51,8 @@ def run(main, *flags):
             signal.signal(s, handler)
 
 
-def child(main, flags, log, env, step, act):
-    torch.set_num_threads(1)
-    os.environ.update(env)
-    with open(log, 'w') as f:
-        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+def at_step(step, act):
+    """From now on: act() when the batch of `step` is drawn, which is inside the step before."""
     draw = io.get_batch
 
     def get_batch(data, bos, rows, T, seed, at, *ranks):
@@ -63,6 +60,19 @@ def child(main, flags, log, env, step, act):
             act()
         return draw(data, bos, rows, T, seed, at, *ranks)
     io.get_batch = get_batch
+
+
+def faulty(step, number, **where):
+    """What python runs in place of train.py, which sends itself a signal at_step(step) in the process whose environment holds `where`."""
+    return ['-c', f'from tests.test_train import *; {where}.items() <= dict(os.environ).items() and at_step({step}, partial(signal.raise_signal, {int(number)})); train.main()']
+
+
+def child(main, flags, log, env, step, act):
+    torch.set_num_threads(1)
+    os.environ.update(env)
+    with open(log, 'w') as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    at_step(step, act)
     sys.exit(run(main, *flags))
 
 
@@ -79,6 +89,14 @@ def start(main, *flags, log, world=1, step=None, act=None):
     for p in ranks:
         p.start()
     return ranks
+
+
+def torchrun(*args, **env):
+    """Two processes under torchrun, started by a process of its own, to a good end; args: torchrun's flags, the script, its flags. Returns stdout."""
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *args], capture_output=True, text=True, timeout=300,
+                       cwd=os.path.dirname(train.__file__), env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+    assert p.returncode == 0, p.stderr
+    return p.stdout
 
 
 def wait(ranks):
@@ -230,6 +248,16 @@ def test_kill_9_costs_nothing_that_was_saved(corpus, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 200
 
 
+def test_torchrun_restarts_what_was_killed(corpus, tmp_path):
+    flags = f'{TINY} {SCHEDULE} muon --timeout 20 --resume --data {corpus} --out {tmp_path}'
+    assert wait(start(train.main, f'{flags}/straight', log=tmp_path / 'log', world=2)) == [0, 0]
+    once = faulty(27, signal.SIGKILL, RANK='1', TORCHELASTIC_RESTART_COUNT='0')
+    said = torchrun('--max_restarts=1', '--no_python', sys.executable, *once, *f'{flags}/run'.split())
+    assert re.findall('nothing to resume|resuming .* at step .*|done:', said) == ['nothing to resume', f'resuming {tmp_path}/run at step 20', 'done:']
+    assert said.count('step 26/') == 2               # made, lost and made again
+    assert state(tmp_path / 'run') == state(tmp_path / 'straight') and rows(tmp_path / 'run') == rows(tmp_path / 'straight')
+
+
 class Killed(BaseException):
     """No `except` of ours catches it, as none sees a kill."""
 
@@ -294,11 +322,8 @@ def test_two_processes_are_one(corpus, tmp_path):
     flags = f'{TINY} --batch_tokens 512 --steps 6 --warmup 2 --eval_every 3 --optimizer adamw --lr 1e-4 --data {corpus}'
     for name, micro in ('one', 8), ('split', 2):
         assert run(train.main, flags, '--micro_batch', micro, '--out', tmp_path / name) == 0
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
-    p = subprocess.run([*torchrun, *f'{flags} --micro_batch 2 --out {tmp_path}/two'.split()], capture_output=True, text=True, timeout=120,
-                       cwd=os.path.dirname(train.__file__), env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert p.returncode == 0, p.stderr
-    assert '2 processes x 2 accumulated x 2 rows x 64 tokens' in p.stdout and p.stdout.count('done:') == 1
+    said = torchrun('train.py', *f'{flags} --micro_batch 2 --out {tmp_path}/two'.split())
+    assert '2 processes x 2 accumulated x 2 rows x 64 tokens' in said and said.count('done:') == 1
     for name in 'split', 'two':
         close(tmp_path / name, tmp_path / 'one')
         for a, b in zip(rows(tmp_path / name), rows(tmp_path / 'one'), strict=True):
@@ -313,30 +338,36 @@ def test_two_processes_are_one_for_every_encoding(pe, corpus, tmp_path):
     close(tmp_path / 'one', tmp_path / 'two')
 
 
-def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
-    flags = f'{TINY} --steps 9999 --warmup 2 --eval_every 2 --timeout 3 --data {corpus} --out {tmp_path}/run'.split()
+@pytest.mark.parametrize('number, rank, timeout', [(signal.SIGSTOP, 1, 3), (signal.SIGKILL, 1, 600), (signal.SIGKILL, 0, 600)])
+def test_a_process_that_hangs_or_is_killed_ends_the_job(number, rank, timeout, corpus, tmp_path):
+    flags = f'{TINY} --steps 9999 --warmup 2 --eval_every 2 --timeout {timeout} --data {corpus} --out {tmp_path}/run'.split()
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE='2', OMP_NUM_THREADS='1')
-    ranks = [subprocess.Popen([sys.executable, 'train.py', *flags], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), cwd=os.path.dirname(train.__file__),
+    ranks = [subprocess.Popen([sys.executable, *faulty(5, number, RANK=str(rank)), *flags], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), cwd=os.path.dirname(train.__file__),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     try:
-        assert any(line.startswith('step 4/') for line in ranks[0].stdout)
-        ranks[1].send_signal(signal.SIGSTOP)
-        err = ranks[0].communicate(timeout=30)[1]
+        err = ranks[1 - rank].communicate(timeout=60)[1]                 # the other one ends by itself
     finally:
         for p in ranks:
             p.kill()
             p.communicate()
-    assert ranks[0].returncode == 1 and re.findall('^error: rank 0 lost another process.*--resume', err, re.M) and 'Traceback' not in err
-    assert io.load_checkpoint(f'{tmp_path}/run')['step'] >= 4
+    line, = re.findall('^error: .*', err, re.M)
+    assert ranks[1 - rank].returncode == 1 and re.match(f'error: rank {1 - rank} lost another process.*--resume', line) and 'Traceback' not in err
+    assert io.load_checkpoint(f'{tmp_path}/run')['step'] == 4
 
 
 def test_random_data_is_a_benchmark(tmp_path, capsys):
     assert run(train.main, TINY, f'--data random --steps 2 --out {tmp_path}') == 0
     losses = [r['loss'] for r in rows(tmp_path) if 'loss' in r]
-    assert all(abs(x - math.log(32000)) < 0.5 for x in losses) and 'tok/s' in capsys.readouterr().out
+    assert all(abs(x - math.log(32000)) < 0.5 for x in losses)
+    median, low, high, longest = map(float, re.search('a step: (.*) ms in the median, 5 to 95 %: (.*) to (.*), the longest (.*)', capsys.readouterr().out).groups())
+    assert 0 < low <= median <= high <= longest
     assert set(os.listdir(tmp_path)) == {'log.jsonl', '.lock'}           # no gigabytes of nothing
+    assert run(train.main, TINY, f'--data random:70000 --steps 1 --out {tmp_path}/large') == 0
+    assert [abs(r['val_loss'] - math.log(70000)) < 0.5 for r in rows(tmp_path / 'large') if 'val_loss' in r] == [True, True]
+    for wrong in 'random:', 'random:many', 'random:1':
+        assert (run(train.main, TINY, f'--data {wrong} --steps 1 --out {tmp_path}/{wrong}') == 0) == (wrong == 'random:')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,19 +443,22 @@ def test_checkpoint_form(trained):
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on CPU needs g++')
-@pytest.mark.parametrize('dtype, tol', [('fp32', 1e-5), ('bf16', 0.02)])
-def test_two_compiled_processes_are_one_plain(dtype, tol, corpus, tmp_path):
-    """The path of a GPU node, here under gloo: compiled, data-parallel, bf16. Weights in fp32; losses and gradients where bf16 rounds otherwise once fused."""
-    flags = f'{TINY} --min_length 64 --dtype {dtype} --steps 3 --warmup 1 --eval_every 3 --optimizer adamw --lr 1e-4 --data {corpus}'
-    assert run(train.main, flags, f'--no-compile --out {tmp_path}/plain') == 0
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
-    p = subprocess.run([*torchrun, *f'{flags} --compile --out {tmp_path}/compiled'.split()], capture_output=True, text=True, timeout=300,
-                       cwd=os.path.dirname(train.__file__), env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert p.returncode == 0, p.stderr
-    assert 'compile on' in p.stdout
+@pytest.mark.parametrize('dtype, model', [('fp32', '--pe rope --n_layer 2 --optimizer muon --muon_lr 1e-4'), ('bf16', '--pe nope --optimizer adamw')])
+def test_two_compiled_processes_are_one_plain(dtype, model, corpus, tmp_path):
+    """
+    The path of a GPU node, here under gloo: compiled, data-parallel, gradients accumulated, rows of two lengths, bf16. A fused kernel leaves out
+    roundings to bf16 that separate kernels make, which moves the weights by up to 4e-4, as far as bf16 itself does; told not to, by 1e-6.
+    """
+    if dtype == 'bf16' and io.pick_dtype('auto', 'cpu')[0] == 'fp32':
+        pytest.skip('this CPU has no bf16 arithmetic')
+    flags = f'{TINY} {model} --dtype {dtype} --min_length 32 --batch_tokens 512 --steps 4 --warmup 1 --eval_every 4 --lr 1e-4 --data {corpus} --out {tmp_path}'
+    assert run(train.main, f'{flags}/plain --no-compile') == 0
+    said = torchrun('train.py', *f'{flags}/compiled --compile'.split(), TORCHINDUCTOR_EMULATE_PRECISION_CASTS='1')
+    assert 'compile on' in said and f'cpu x 2, {dtype}' in said and '2 processes x 2 accumulated x 2 rows x 64 tokens; in some steps' in said
+    told = dtype == 'fp32' or torch.__version__ >= (2, 13)                # 2.11 does not listen on CPU: there only losses and gradients are compared
     for a, b in zip(rows(tmp_path / 'compiled'), rows(tmp_path / 'plain'), strict=True):
-        assert a == pytest.approx(b, rel=tol)
-    if dtype == 'fp32':
+        assert a == pytest.approx(b, rel=1e-4 if told else 2e-3)
+    if told:
         close(tmp_path / 'compiled', tmp_path / 'plain')
     assert list(io.load_checkpoint(f'{tmp_path}/compiled')['model']) == list(io.load_checkpoint(f'{tmp_path}/plain')['model'])      # the bare module's names
 
