@@ -90,12 +90,14 @@ def setup(args):
             fail(f'--device cuda:{index}: there are {n} GPUs, numbered from 0')
         device = f'cuda:{index}'
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        # under torchrun --max-restarts the store outlives an attempt, and with it the addresses of processes that are gone
-        wait, attempt = timedelta(seconds=getattr(args, 'timeout', 600)), os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
-        store = dist.PrefixStore(f'attempt_{attempt}', next(dist.rendezvous('env://', rank, world, timeout=wait))[0])
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank, world_size=world, timeout=wait, **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
     sys.excepthook = explain
+    if world > 1 and not dist.is_initialized():
+        wait = timedelta(seconds=getattr(args, 'timeout', 600))
+        store = next(dist.rendezvous('env://', rank, world, timeout=wait))[0]
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':     # torchrun's own: after --max-restarts it still has the addresses of processes that are gone
+            store = dist.PrefixStore(f'attempt_{os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank, world_size=world, timeout=wait, **({'device_id': torch.device(device)} if kind == 'cuda' else {}))
+        sys.excepthook = explain                     # it had put its own before it
     torch.manual_seed(args.seed)
     dtype, reason = pick_dtype(args.dtype, kind)
     amp = (lambda: torch.autocast(kind, torch.bfloat16)) if dtype == 'bf16' else nullcontext

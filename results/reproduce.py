@@ -114,10 +114,8 @@ SCALES = dict(
     toy=dict(TINY, L=128, tokens=(60_000, 60_000, 200_000), shape='--block_size 128 --n_layer 1 --n_embd 32 --n_inner 32 ', train='--steps 6 --batch_tokens 512 --eval_tokens 512 --log_every 3 --warmup 2',
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
-    tiny=(tiny := dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
-                       measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10')),
-    # on three fifths of the tokens, half as many a step, measured with half as many prompts
-    quick=dict(tiny, shape='--steps 2800 --lr 2e-3 --muon_lr 7e-3 ', train='--batch_tokens 2048 --micro_batch 8', passkey='--depths 10 --trials 5'),
+    tiny=dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
+              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
     # one GPU, under an hour (an estimate: not run yet)
     small=dict(TEXT, preset='small', steps=5000, tokenizer='gpt2', tokens=700_000_000, train='', tune='--micro_batch 2', measure='--eval_tokens 131072 --stride 256', passkey='--depths 10 --trials 5'),
     # its rehearsal on CPU
