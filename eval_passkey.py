@@ -128,6 +128,7 @@ def main():
             too_short = str(e)
     if too_short and (args.lengths or not lengths):
         io.fail(too_short)
+    io.check_fused(model, max(lengths), env)
     out = args.out or os.path.dirname(io.find_checkpoint(args.ckpt)) or '.'
     io.preflight(out, 0)
     file = f'{out}/{io.stem(args.ckpt)}.passkey.csv'

@@ -257,9 +257,6 @@ def main():
            f'compile {"off" if model is raw else "on"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
            + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
 
-    if config.pe in ('t5', 'alibi'):
-        print0(f'{config.pe} adds a bias to every score: {config.n_head * args.length ** 2 * 4 / 1e6:,.0f} MB at length {args.length}')
-
     # the log: after a kill it may run ahead of the checkpoint
     log_file = f'{args.out}/log.jsonl'
     if env.master:

@@ -139,7 +139,10 @@ def compiled(model, args, env):
 
 
 def check_fused(model, length, env):
-    """Says so where attention of this model, precision and device would fall back to whole T x T scores without a word."""
+    """Says what a bias on every score costs, and where attention of this model, precision and device would fall back to whole T x T scores without a word."""
+    c = model.config
+    if c.pe in ('t5', 'alibi'):
+        env.print(f'{c.pe} adds a bias to every score: {c.n_head * length ** 2 * 4 / 1e6:,.0f} MB at length {length:,}')
     x = torch.zeros(1, min(length, 128, model.config.block_size), dtype=torch.long, device=env.device)
     try:
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), env.autocast(), warnings.catch_warnings():
@@ -148,7 +151,6 @@ def check_fused(model, length, env):
     except RuntimeError as e:
         if 'No available kernel' not in str(e):
             raise
-        c = model.config
         env.print(f'warning: no fused kernel takes this attention (pe={c.pe}, heads of {c.n_embd // c.n_head}, {env.dtype}, {env.device}): it is slower, '
                   f'and each row of {length:,} tokens holds {4 * c.n_head * length ** 2 / 1e6:,.0f} MB of scores a layer')
 
@@ -298,7 +300,7 @@ class Tokens:
 def random_vocab(path):
     """'random' or 'random:VOCAB' -> the size of its vocabulary; None for a folder."""
     name, _, vocab = os.fspath(path).partition(':')
-    if name != 'random' or os.path.sep in vocab:
+    if name != 'random':
         return None
     if vocab and not (vocab.isdigit() and 1 < int(vocab) < 2**31):
         fail(f'--data {path}: random:VOCAB takes a number of tokens, random:50257 for instance')

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval_passkey
 import extend
 import train
 from data import io
@@ -401,8 +402,12 @@ def test_a_large_vocabulary_is_padded(tmp_path):
 
 @pytest.mark.parametrize('pe', ENCODINGS)
 def test_attention_off_the_fused_kernels_is_said(pe, corpus, tmp_path, capsys):
-    assert run(train.main, TINY, f'--pe {pe} --steps 1 --data {corpus} --out {tmp_path}') == 0
-    assert ('no fused kernel' in capsys.readouterr().out) == (pe == 't5')
+    assert run(train.main, TINY, f'--pe {pe} --block_size 96 --batch_tokens 384 --steps 1 --data {corpus} --out {tmp_path}') == 0
+    said = capsys.readouterr().out
+    assert ('no fused kernel' in said) == (pe == 't5') and (f'{pe} adds a bias to every score: ' in said) == (pe in ('t5', 'alibi'))
+    assert run(eval_passkey.main, f'--ckpt {tmp_path} --lengths 96 --depths 1 --trials 1 --device cpu --dtype fp32') == 0
+    said = capsys.readouterr().out                   # nothing learns there, so the bias has a kernel
+    assert 'no fused kernel' not in said and (f'{pe} adds a bias to every score: 0 MB at length 96' in said) == (pe in ('t5', 'alibi'))
 
 
 def test_row_lengths():

@@ -11,7 +11,6 @@ Text is taken as it is, so it must be UTF-8; empty files are skipped. Memory hol
 import hashlib
 import os
 
-import numpy as np
 from tqdm import tqdm
 
 from data.io import fail, get_tokenizer, parser, preflight, write_data
