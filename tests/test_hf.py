@@ -480,6 +480,9 @@ def test_the_passkey_grid_through_generate(pe, qk_norm, hf, tmp_path, monkeypatc
             p.data *= 3
     path = checkpoint(tmp_path / 'ckpt.pt', model, 'passkey')
     monkeypatch.setattr(io, 'write_csv', lambda *_: None)
+    monkeypatch.setattr(io, 'read_csv', lambda _: [])
     monkeypatch.setattr(io, 'default_lengths', lambda _: [48, 96, 128])
-    for row in bench.passkey(SimpleNamespace(passkey=path, device='cpu', rounds=1)):
+    made = bench.passkey(SimpleNamespace(passkey=path, device='cpu', rounds=1))
+    assert [row['length'] for row in made] == [96, 128]
+    for row in made:
         assert row['decoded_alike'] == row['prompts'] == 20 and row['our_hits'] == row['their_hits']
