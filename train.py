@@ -14,7 +14,6 @@ Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON 
 exit (143, 130). The batch of a step depends on (seed, step) only, so any number of processes trains on the same data.
 """
 import argparse
-import gc
 import json
 import math
 import os
@@ -323,8 +322,6 @@ def main():
         sys.exit(128 + number)
 
     x, y = next_batch(step)
-    gc.collect()
-    gc.freeze()                                      # what is here stays: the collector need not look at it again and again
     started, clock, clock_step, times = time.time(), time.time(), step, []
     saved = step if ckpt else -1
     while True:

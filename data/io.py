@@ -140,10 +140,10 @@ def compiled(model, args, env):
 
 def check_fused(model, length, env):
     """Says what a bias on every score costs, and where attention of this model, precision and device would fall back to whole T x T scores without a word."""
-    c = model.config
+    c, scores = model.config, f'{4 * model.config.n_head * length ** 2 / 1e6:,.0f} MB'
     if c.pe in ('t5', 'alibi'):
-        env.print(f'{c.pe} adds a bias to every score: {c.n_head * length ** 2 * 4 / 1e6:,.0f} MB at length {length:,}')
-    x = torch.zeros(1, min(length, 128, model.config.block_size), dtype=torch.long, device=env.device)
+        env.print(f'{c.pe} adds a bias to every score: {scores} at length {length:,}')
+    x = torch.zeros(1, min(length, 128, c.block_size), dtype=torch.long, device=env.device)
     try:
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), env.autocast(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -152,7 +152,7 @@ def check_fused(model, length, env):
         if 'No available kernel' not in str(e):
             raise
         env.print(f'warning: no fused kernel takes this attention (pe={c.pe}, heads of {c.n_embd // c.n_head}, {env.dtype}, {env.device}): it is slower, '
-                  f'and each row of {length:,} tokens holds {4 * c.n_head * length ** 2 / 1e6:,.0f} MB of scores a layer')
+                  f'and each row of {length:,} tokens holds {scores} of scores a layer')
 
 
 def finish(code=0):

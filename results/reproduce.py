@@ -125,7 +125,7 @@ SCALES = dict(
     # eight GPUs, days (not run yet)
     paper=dict(TEXT, about='50,000 steps of 2,097,152 tokens for NoPE, the same for RoPE: 57 hours each on 8 GPUs if one makes 64,000 tokens a second (never measured), then temperatures and\n'
                'measuring, an hour. lr 3.5e-4 from step 2,000 on; its cosine would end at step 1,430,512, as TinyLlama\'s, so at 50,000 it is still 99.7 % of that. The commands, after the data:',
-                preset='tinyllama', processes=8, steps=50_000, tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, rows=PAPER, L=2048, train='', target=8192, tune='--lr 0.1 --micro_batch 1',
+                preset='tinyllama', processes=8, steps=50_000, tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, rows=PAPER, L=2048, train='', target=8192, tune='--lr 0.1',
                lengths='1024,2048,4096,8192,16384', measure='--eval_tokens 2097152 --stride 256 --protocol paper', passkey='--depths 10 --trials 10'),
 )
 
