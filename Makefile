@@ -27,15 +27,15 @@ reproduce: $(VENV)
 	$(PYTHON) -m results.reproduce --scale $(SCALE) $(if $(TEXT),--text "$(TEXT)")
 
 table: $(VENV)
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations --dtype fp32 --out out/fp32
 
 encodings: $(VENV)
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --dtype fp32 --out out/fp32
 
 figure: $(VENV)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --csv results/tiny.csv --plot results/tiny.png --no_run
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --plot results/tiny-encodings.png --no_run
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations --dtype fp32 --out out/fp32 --plot results/tiny.png --no_run
+	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --dtype fp32 --out out/fp32 --plot results/tiny-encodings.png --no_run
 
 test: $(VENV)
 	$(PYTHON) -m pytest -q tests

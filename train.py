@@ -33,7 +33,7 @@ from model import ENCODINGS, GPT, PRESETS, GPTConfig
 # what each preset trains with unless a flag says otherwise
 RECIPES = dict(
     # chosen by trying on the passkey corpus, see results/README.md
-    tiny=dict(steps=2400, batch_tokens=4096, min_length=64, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
+    tiny=dict(steps=2400, batch_tokens=4096, eval_tokens=2**14, min_length=64, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
     # GPT-2 small's usual lr; one GPU
     small=dict(steps=8000, batch_tokens=131072, micro_batch=32, optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps

@@ -2,7 +2,7 @@
 Is one row of a table better than another? Their difference, paired: the same prompts, the same held-out tokens, the same seeds.
 
     python -m results.compare "NoPE head-log" "NoPE head"
-    python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3 --out out
+    python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3 --out out/fp32
 
 Keys: mean difference in points over the prompts, which are the same for every seed, and its standard error, from the trials that
 make encodings (or --table ablations: make table) left in --out. Marked * where it is two standard errors or more and no seed has the
@@ -39,7 +39,7 @@ def main():
     p.add_argument('--table', choices=TABLES, default='encodings')
     p.add_argument('--scale', choices=[s for s in SCALES if 'corpora' in SCALES[s]], default='tiny')
     p.add_argument('--seeds', type=io.int_list, default=[1, 2, 3])
-    p.add_argument('--out', default='out', help='folder of the runs')
+    p.add_argument('--out', default='out/fp32', help='folder of the runs (that of make table and make encodings)')
     p.add_argument('--csv', help='of the losses (default: results/SCALE-encodings.csv, for ablations results/SCALE.csv, for headline OUT/SCALE/table.csv)')
     args = p.parse_args()
     known = {r.name: r for r in TABLES[args.table]}

@@ -3,8 +3,8 @@ The sweep behind make reproduce, make table and make figure: runs the scripts as
 in one, prints one table and the heat maps. What is there already is not run again.
 
     python -m results.reproduce --scale tiny                                        # the headline, one seed
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations        # results/tiny.csv, and the figure with --plot
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings        # results/tiny-encodings.csv: every encoding, every extension
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations --dtype fp32 --out out/fp32        # results/tiny.csv, and the figure with --plot
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --dtype fp32 --out out/fp32        # results/tiny-encodings.csv: every encoding, every extension
     python -m results.reproduce --scale small --text ~/books                        # one GPU, real text; without --text FineWeb-Edu and PG19, downloaded
     python -m results.reproduce --scale paper                                       # eight GPUs, days
 """
@@ -17,13 +17,13 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
-from itertools import zip_longest
 
 import torch
 
@@ -50,9 +50,9 @@ HEADLINE = [
     Row('NoPE uniform', 'nope', 'uniform'),
     Row('NoPE head', 'nope', 'head'),
     Row('RoPE', 'rope'),
-    Row('RoPE YaRN', 'rope', 'yarn'),
 ]
 ABLATIONS = HEADLINE + [
+    Row('RoPE YaRN', 'rope', 'yarn'),
     Row('RoPE head', 'rope', 'head'),
     Row('NoPE head, frequent questions', 'nope', 'head', corpus='passkey'),
     Row('NoPE head, from 1.0', 'nope', 'head', '--init 1.0'),
@@ -115,7 +115,8 @@ SCALES = dict(
              target=256, tune='--steps 2 --batch 2 --grid 1,1.2 --grid_batches 1', lengths='128,192,256', measure='--eval_tokens 256 --stride 64',
              passkey='--depths 2 --trials 1'),
     tiny=dict(TINY, L=256, tokens=(12_000_000, 4_000_000, 1_000_000), shape='', train='', target=1024, tune='', lengths='128,256,384,512,768,1024,1536,2048',
-              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10'),
+              measure='--eval_tokens 8192 --stride 64', passkey='--depths 10 --trials 10',
+              headline=dict(measure='--eval_tokens 4096 --stride 64', passkey='--depths 10 --trials 5')),          # the newcomer's run
     # one GPU, under an hour (an estimate: not run yet)
     small=dict(TEXT, preset='small', steps=5000, tokenizer='gpt2', tokens=700_000_000, train='', tune='--micro_batch 2', measure='--eval_tokens 131072 --stride 256', passkey='--depths 10 --trials 5'),
     # its rehearsal on CPU
@@ -149,41 +150,48 @@ def run(script, flags, threads=None, log=None, processes=1):
         sys.exit(code)
 
 
-def side_by_side(jobs, processes=1):
+def side_by_side(jobs, workers):
     """
-    Calls each job(threads, seen) and yields what they return, as they end. On CPU side by side, each with its share of the
-    cores, where only the first is seen; on GPUs, which each of them needs whole, one after the other. Where one fails none
-    begins any more, and what is running still counts.
+    Calls each job(threads, seen), which returns a result and the jobs that waited for it, and yields the results as they
+    end. `workers` at a time, each with its share of the cores; one of them is seen. Where one fails none begins any more,
+    and what is running still counts.
     """
-    cores = os.cpu_count() or 1
-    workers = 1 if processes > 1 or torch.cuda.is_available() else min(len(jobs), cores)
-    if workers <= 1:
-        yield from (job(None, True) for job in jobs)
+    if workers == 1:
+        queue = deque(jobs)
+        while queue:
+            result, then = queue.popleft()(None, True)
+            queue.extend(then)
+            if result:
+                yield result
         return
-    failed = []
+    threads, failed, screen = (os.cpu_count() or 1) // workers, [], threading.Lock()
 
-    def one(job, seen):
+    def one(job):
+        if failed:
+            return None, ()
+        seen = screen.acquire(blocking=False)
         try:
-            return None if failed else job(cores // workers, seen)
+            return job(threads, seen)
         except BaseException as e:
             failed.append(e)
+            return None, ()
+        finally:
+            if seen:
+                screen.release()
     with ThreadPoolExecutor(workers) as pool:
-        ends = [pool.submit(one, job, not i) for i, job in enumerate(jobs)]
+        running = {pool.submit(one, job) for job in jobs}
         try:
-            yield from (result for result in (end.result() for end in as_completed(ends)) if result)
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for result, then in (end.result() for end in ended):
+                    running |= {pool.submit(one, job) for job in then}
+                    if result:
+                        yield result
         except BaseException as e:                   # Ctrl-C
             failed.append(e)
             raise
     if failed:
         raise failed[0]
-
-
-def train(runs, processes=1):
-    """{folder: flags}: trains them side by side; those that are not seen write to FOLDER.txt."""
-    def one(folder, flags, threads, seen):
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        run('train.py', f'{flags} --out {folder}', threads, None if seen else f'{folder}.txt', processes=processes)
-    list(side_by_side([partial(one, folder, flags) for folder, flags in runs.items()], processes))
 
 
 def mean_sd(values, digits):
@@ -293,6 +301,7 @@ def main():
     p.add_argument('--scale', default='tiny')
     p.add_argument('--table', choices=TABLES, default='headline', help='ablations: and what takes the method apart; encodings: every encoding, every extension')
     p.add_argument('--seeds', type=io.int_list, default=[1])
+    p.add_argument('--dtype', choices=('auto', 'fp32'), default='auto', help='of training; the tables of results/ are fp32. Scales toy and tiny extend and measure in fp32')
     p.add_argument('--out', default='out', help='folder for data and runs')
     p.add_argument('--text', metavar='DIR', help='scales small and paper: train and measure on these text files, one file a document (default: downloaded corpora)')
     p.add_argument('--tokenizer', help='of that text (default: gpt2; for paper hf:TinyLlama-NoPE-1.1B)')
@@ -307,11 +316,14 @@ def main():
     if args.plot:
         io.pyplot(args.plot)
     scale, out, todo, start = SCALES[args.scale], f'{args.out}/{args.scale}', TABLES[args.table], time.time()
+    scale = scale | (scale.get('headline', {}) if args.table == 'headline' else {})
     file = args.csv or csv_of(args.table, args.scale, args.out)
     io.preflight(os.path.dirname(file) or '.', 0)
     todo = scale.get('rows', todo)                   # real text has one table
     L, target, names = scale['L'], scale['target'], [r.name for r in todo]
     lengths, dtype, processes = io.int_list(scale['lengths']), scale['dtype'], scale['processes']
+    # bf16 where the CPU has it is 1.4 times faster to train in; which it was is in the csv
+    precision = io.pick_dtype(args.dtype, 'cuda' if torch.cuda.is_available() else 'cpu')[0] if 'corpora' in scale else args.dtype
     if 'corpora' in scale:
         measured_on = 'passkey_rare'
         corpora = {name: ('passkey', f'--tokens {n} {options}') for (name, options), n in zip(scale['corpora'].items(), scale['tokens'])}
@@ -330,10 +342,10 @@ def main():
     runs, steps = scale['runs'], scale.get('steps', 0)
     own = {name: r.flags.format(steps=steps, eighth=steps // 8, warmup=steps // 80) for name, r in runs.items()}
     preset = f'--preset {scale["preset"]} '
-    trained = {name: f'{"" if r.parent else preset}{own[name]} --dtype {dtype} {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in runs.items()}
+    trained = {name: f'{"" if r.parent else preset}{own[name]} --dtype {precision} {scale["train"] if r.parent else scale["shape"] + scale["train"]}'.strip() for name, r in runs.items()}
     line = lambda name: (line(runs[name].parent) if runs[name].parent else []) + [name]          # a run, after those that it goes on from
     extend = {r.name: f'--method {r.method} --length {target} --dtype {dtype} {scale["tune"]} {r.extra}'.strip() for r in todo}
-    then = {r.name: f'{r.then.format(target=target)} --dtype {dtype} {scale["train"]}'.strip() for r in todo if r.then}
+    then = {r.name: f'{r.then.format(target=target)} --dtype {precision} {scale["train"]}'.strip() for r in todo if r.then}
     flags = {}
     for r in todo:
         parts = [f'{trained[name]} on {known.get(runs[name].corpus, runs[name].corpus)}' for name in line(r.run)]
@@ -361,8 +373,12 @@ def main():
         if longest < need:
             io.fail(f'{out}/{folder_of[measured_on]}/val.bin: its longest document has {longest:,} tokens, the longest length takes {need:,}: give longer texts')
 
+    for folder in {f'{out}/{name}-{seed}' for seed in args.seeds for r in missing[seed] for name in line(r.run)}:
+        if 'corpora' in scale and io.find_checkpoint(folder) and (was := io.load_checkpoint(folder)['args']['dtype']) != precision:
+            io.fail(f'{folder} was trained with --dtype {was}, this table takes {precision}: give another --out')
+
     def make(r, seed, threads, seen):
-        """Extends and measures a row of a seed -> its lines of the csv. What is not seen goes to FOLDER.txt."""
+        """Extends and measures a row of a seed -> its lines of the csv, and nothing that waits for them. What is not seen goes to FOLDER.txt."""
         began, ckpt, folder, tokens = time.time(), f'{out}/{r.run}-{seed}', where(out, r.run, seed, r.name), 0
         same = '' if 'paper' in scale['measure'] else f' --past {lengths[-1]}'           # the same tokens, where not every length is measured
         do = partial(run, threads=threads, log=None if seen else f'{folder}.txt', processes=processes)
@@ -396,18 +412,26 @@ def main():
                 tokens, extended = tokens + more, extended + more / speed
             cells = measure(ckpt, [n for n in lengths if n <= L or r.run != 'learned'])          # its table ends
         return [dict(seed=seed, row=r.name, length=n, loss=f'{loss:.4f}', passkey=f'{sum(hits) / len(hits):.4f}', prompts=len(hits), tokens=tokens,
-                     extended_s=f'{extended:.0f}', seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()]
+                     extended_s=f'{extended:.0f}', seconds=f'{time.time() - began:.0f}', flags=flags[r.name]) for n, (loss, hits) in cells.items()], ()
 
     for seed in args.seeds:
         left = missing[seed]
         if len(left) < len(todo) and not args.no_run:
             print(f'seed {seed}: {len(todo) - len(left)} of {len(todo)} rows are in {file} already')
-        # --resume: a sweep that was stopped goes on where it was, and a finished run costs a few seconds
-        for generation in zip_longest(*(line(r.run) for r in left)):
-            train({f'{out}/{name}-{seed}': train_flags(name, seed) for name in dict.fromkeys(generation) if name}, processes)
-        # the rows too side by side, those that tune or train first: they take longest
+        # those that tune or train first: they take longest
         left = sorted(left, key=lambda r: (not r.then, r.method not in ('head', 'head-log', 'longrope')))
-        for n, new in enumerate(side_by_side([partial(make, r, seed) for r in left], processes), 1):
+        runs_left = list(dict.fromkeys(name for r in left for name in line(r.run)))
+        # side by side on CPU; on GPUs, which each needs whole, one after the other
+        workers = 1 if processes > 1 or torch.cuda.is_available() else max(1, min(len(left), os.cpu_count() or 1))
+
+        def train(name, threads, seen):
+            """A run; then those that go on from it, and its rows. --resume: a sweep that was stopped goes on where it was."""
+            folder = f'{out}/{name}-{seed}'
+            run('train.py', f'{train_flags(name, seed)} --out {folder}', threads, None if seen else f'{folder}.txt', processes)
+            return None, [partial(train, n) for n in runs_left if runs[n].parent == name] + [partial(make, r, seed) for r in left if r.run == name]
+
+        os.makedirs(out, exist_ok=True)
+        for n, new in enumerate(side_by_side([partial(train, n) for n in runs_left if not runs[n].parent], workers), 1):
             done = sorted(done + new, key=lambda d: (int(d['seed']), names.index(d['row']) if d['row'] in names else len(names)))
             io.write_csv(file, done)
             print(f'seed {seed}: {n} of {len(left)} rows measured', flush=True)
@@ -419,8 +443,9 @@ def main():
                     [{k: float(v) if k != 'length' else int(v) for k, v in row.items()} for row in io.read_csv(f'{folder}/{f}')], L))
     print('\n' + table([d for d in done if int(d['seed']) in args.seeds], names, lengths, L))
     if args.plot:
-        plot([d for d in done if int(d['seed']) in args.seeds], GROUPS if args.table == 'encodings' else {'': names}, lengths, L, args.plot)
-        plot_entropy([r for r in todo if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then and 'tuned at' not in r.name], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
+        shown = [r for r in todo if r.name in MAIN or args.table != 'ablations']
+        plot([d for d in done if int(d['seed']) in args.seeds], GROUPS if args.table == 'encodings' else {'': [r.name for r in shown]}, lengths, L, args.plot)
+        plot_entropy([r for r in shown if r.run in ('nope', 'rope') and r.method != 'ntk-dynamic' and not r.then and 'tuned at' not in r.name], out, args.seeds[0], L, '-entropy'.join(os.path.splitext(args.plot)))
         plot_heat_maps([r for r in todo if r.name in MAIN], out, args.seeds[0], L, '-passkey'.join(os.path.splitext(args.plot)))
     print(f'\n{file}; {time.time() - start:.0f} s')
 

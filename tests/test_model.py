@@ -188,8 +188,29 @@ def test_temperature_one_is_the_identity_bit_for_bit(autocast, monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, *a, **k: attended.append(q) or sdpa(q, *a, **k))
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         model(tokens(2, 40))
-    assert len(attended) == len(projected) == 2
-    assert all(torch.equal(p, a) and p.dtype == a.dtype for p, a in zip(projected, attended))
+        with torch.no_grad():
+            model(tokens(2, 40))
+    assert len(attended) == len(projected) == 4
+    assert all(torch.equal(p.type_as(a), a) for p, a in zip(projected, attended))
+    # short rows that train on CPU go through the kernel in fp32; everything else in the precision of the projections
+    assert [a.dtype for a in attended] == [torch.float32] * 2 + [projected[0].dtype] * 2
+
+
+@pytest.mark.parametrize('pe', ['nope', 'rope', 't5'])
+@pytest.mark.parametrize('T, trained_in', [(64, torch.float32), (511, torch.float32), (512, torch.bfloat16)])
+def test_short_rows_train_on_cpu_with_attention_in_fp32(pe, T, trained_in, monkeypatch):
+    """Autocast would cast what the kernel gets back to bf16. What it returns is that of a float64 formula to fp32's precision."""
+    model, seen, sdpa = build(pe), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **a: seen.append((q, k, v, a, sdpa(q, k, v, **a))) or seen[-1][-1])
+    with torch.autocast('cpu', torch.bfloat16):
+        model(tokens(1, T))[0].float().sum().backward()
+    assert len(seen) == 2
+    for q, k, v, a, y in seen:
+        assert q.dtype == k.dtype == v.dtype == y.dtype == trained_in and (a['attn_mask'] is None or a['attn_mask'].dtype == trained_in)
+        k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
+        s = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.size(-1))
+        s = s + a['attn_mask'].double() if a['attn_mask'] is not None else s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        torch.testing.assert_close(y.double(), s.softmax(-1) @ v.double(), **(dict(rtol=1e-5, atol=1e-6) if trained_in == torch.float32 else dict(rtol=2e-2, atol=1e-3)))
 
 
 @every_pe

@@ -100,12 +100,12 @@ def test_reproduce_toy(tmp_path):
     command = [sys.executable, '-m', 'results.reproduce', '--scale', 'toy', '--out', str(tmp_path)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
-    for row in ('| NoPE |', '| NoPE uniform |', '| NoPE head |', '| RoPE |', '| RoPE YaRN |'):
+    for row in ('| NoPE |', '| NoPE uniform |', '| NoPE head |', '| RoPE |'):
         assert first.stdout.count(row) == (3 if 'uniform' in row or 'head' in row else 2)         # loss, passkey, and what it cost to tune
-    assert first.stdout[first.stdout.rindex('rows measured'):].count('| = training length 128') == 5      # the heat maps, at the end
+    assert first.stdout[first.stdout.rindex('rows measured'):].count('| = training length 128') == 4      # the heat maps, at the end
     rows = io_rows(f'{tmp_path}/toy/table.csv')
-    assert len(rows) == 5 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
-    assert {r['row']: int(r['tokens']) for r in rows} == {'NoPE': 0, 'NoPE uniform': 2 * 2 * 256, 'NoPE head': (2 + 2) * 2 * 256, 'RoPE': 0, 'RoPE YaRN': 0}
+    assert len(rows) == 4 * 3 and all(0 <= float(r['passkey']) <= 1 and 3 < float(r['loss']) < 6 for r in rows)
+    assert {r['row']: int(r['tokens']) for r in rows} == {'NoPE': 0, 'NoPE uniform': 2 * 2 * 256, 'NoPE head': (2 + 2) * 2 * 256, 'RoPE': 0}
     # once more: nothing is left to do, and the table is the same
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and 'extend.py' not in again.stdout and io_rows(f'{tmp_path}/toy/table.csv') == rows
@@ -117,8 +117,14 @@ def test_reproduce_toy(tmp_path):
     open(file, 'w').writelines(lines)
     assert open(file).read() != text
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert third.returncode == 0 and third.stdout.count('$ python extend.py') == 2 and '4 of 5 rows are in' in third.stdout
+    assert third.returncode == 0 and third.stdout.count('$ python extend.py') == 2 and '3 of 4 rows are in' in third.stdout
     assert {r['flags'] for r in io_rows(file)} == {r['flags'] for r in rows}
+    # models of one precision do not end in the table of another
+    precision = io.pick_dtype('auto', 'cuda' if torch.cuda.is_available() else 'cpu')[0]
+    assert all(f'--pe {r["flags"].split()[3]} --dtype {precision}' in r['flags'] and '| --lengths 128,192,256 --dtype fp32' in r['flags'] for r in rows)
+    if precision == 'bf16':
+        other = subprocess.run(command + ['--dtype', 'fp32'], cwd=ROOT, capture_output=True, text=True)
+        assert other.returncode == 2 and other.stderr.startswith('error:') and other.stderr.endswith('was trained with --dtype bf16, this table takes fp32: give another --out\n')
 
 
 def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
@@ -127,7 +133,7 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
         (tmp_path / f'text {i}.txt').write_text('\n'.join(f'Chapter {j}. It was a quiet year, and nothing came of it.' for j in range(i, 300)))
     commands = []
 
-    def script(name, flags, *_, processes=1, **__):
+    def script(name, flags, threads=None, log=None, processes=1):
         commands.append((name, flags, processes))
         module = importlib.import_module(name.removeprefix('-m ').removesuffix('.py'))
         monkeypatch.setattr(sys, 'argv', [name, *shlex.split(flags)])
@@ -135,7 +141,6 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
             module.main()
     monkeypatch.setattr(os, 'cpu_count', lambda: 1)  # one row at a time: this process has one sys.argv
     monkeypatch.setattr(reproduce, 'run', script)
-    monkeypatch.setattr(reproduce, 'train', lambda runs, processes: [script('train.py', f'{flags} --out {folder}', processes=processes) for folder, flags in runs.items()])
     assert in_process(reproduce.main, f'--scale small_toy --text {tmp_path} --tokenizer bytes --out {tmp_path}/out') == 0
     said = capsys.readouterr().out
     assert all(said.count(f'| {r.name} |') == 2 + (r.method in ('uniform', 'head', 'head-log')) for r in reproduce.REAL) and {p for _, _, p in commands} == {1}
@@ -143,7 +148,7 @@ def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
     assert drope['config']['pe'] == 'nope' and drope['step'] == 2 and drope['args']['init_from'].endswith('rope-1')
     commands.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(reproduce, 'run', lambda *a, **k: commands.append((*a, k.get('processes', 1))))
+    monkeypatch.setattr(reproduce, 'run', lambda script, flags, threads=None, log=None, processes=1: commands.append((script, flags, processes)))
     assert in_process(reproduce.main, f'--scale paper --out {tmp_path}/paper') == 2
     out, err = capsys.readouterr()
     assert 'takes 8 GPU' in err and '57 hours' in out and out.count('--nproc_per_node=8 train.py --preset tinyllama') == 2 and out.count('extend.py') == 4
@@ -200,14 +205,13 @@ def test_what_is_raced(size, tmp_path, monkeypatch):
 
 def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     """One row of each kind, in this process: an encoding, a table that ends, each length its own NTK, a search, training on, DroPE."""
-    def script(name, flags, *_, processes=1, **__):
+    def script(name, flags, *_, **__):
         module = importlib.import_module(name.removeprefix('-m ').removesuffix('.py'))
         assert in_process(module.main, flags) == 0, (name, flags)
 
     names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE LongRoPE', 'RoPE PI, trained on', 'DroPE uniform')
     monkeypatch.setattr(os, 'cpu_count', lambda: 1)  # one row at a time: this process has one sys.argv
     monkeypatch.setattr(reproduce, 'run', script)
-    monkeypatch.setattr(reproduce, 'train', lambda runs, _: [script('train.py', f'{flags} --out {folder}') for folder, flags in runs.items()])
     kept = [r._replace(extra='--population 4 --iterations 1') if r.method == 'longrope' else r for r in reproduce.EXTENSIONS if r.name in names]
     monkeypatch.setitem(reproduce.TABLES, 'encodings', kept)
     flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
@@ -234,7 +238,6 @@ def test_the_table_of_encodings(tmp_path, monkeypatch, capsys):
     except ImportError:
         pass
     monkeypatch.setattr(reproduce, 'run', lambda *_, **__: pytest.fail('nothing is left to do'))
-    monkeypatch.setattr(reproduce, 'train', lambda runs: runs and pytest.fail('nothing is left to train'))
     assert in_process(reproduce.main, flags) == 0
     # a csv that lacks rows is shown as it is, one that has none is refused
     part = [line for line in open(f'{tmp_path}/rows.csv') if line.startswith(('seed', '1,ALiBi'))]
@@ -297,16 +300,25 @@ def test_a_small_campaign_of_faults():
     assert out.returncode == 0 and out.stdout.count(' 0 failed') == 10, out.stdout + out.stderr
 
 
-def test_a_row_that_fails_costs_no_other():
+def test_a_row_that_fails_costs_no_other(monkeypatch):
     begun = []
 
-    def job(name, seconds, code, threads, seen):
-        begun.append(name)
+    def job(name, seconds, code, then, threads, seen):
+        begun.append((name, threads))
         time.sleep(seconds)
-        return sys.exit(code) if code else name
-    found = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
-        patch.setattr(os, 'cpu_count', lambda: 2)
-        for name in reproduce.side_by_side([functools.partial(job, *x) for x in (('fails', 0.1, 3), ('ends', 0.3, 0), ('never', 0, 0), ('neither', 0, 0))]):
+        return sys.exit(code) if code else (name, [functools.partial(job, *x) for x in then])
+
+    def results(jobs, workers):
+        begun.clear()
+        for name in reproduce.side_by_side([functools.partial(job, *x) for x in jobs], workers):
             found.append(name)
-    assert e.value.code == 3 and found == ['ends'] and begun == ['fails', 'ends']
+    monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+    found = []
+    with pytest.raises(SystemExit) as e:
+        results([('fails', 0.1, 3, ()), ('ends', 0.3, 0, [('waited', 0, 0, ())]), ('never', 0, 0, ()), ('neither', 0, 0, ())], 2)
+    assert e.value.code == 3 and found == ['ends'] and begun == [('fails', 2), ('ends', 2)]
+    # what waited begins when its own job is done, not when all are
+    for workers in 1, 2:
+        found = []
+        results([('slow', 0.5, 0, ()), ('quick', 0, 0, [('waited', 0, 0, ())])], workers)
+        assert found == (['slow', 'quick', 'waited'] if workers == 1 else ['quick', 'waited', 'slow'])
