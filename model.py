@@ -151,7 +151,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.nh, self.hs).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
-        if x.device.type == 'cpu' and T < 512 and torch.is_grad_enabled():
+        if q.is_cpu and q.dtype == torch.bfloat16 and T < 512 and torch.is_grad_enabled():
             # torch's attention kernel for CPUs is up to three times slower backwards in bf16 than in fp32 where rows are short
             q, k, v = q.float(), k.float(), v.float()
         if rope is not None:
