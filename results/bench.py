@@ -92,6 +92,7 @@ def contenders(args, tmp, size):
 
 def speed(args):
     rows, file = [], f'results/speed{"-tinyllama" * ("tinyllama" in args.size)}.csv'
+    others = [r for r in io.read_csv(file) if r['size'] not in args.size]
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000'], check=True)
         for size in args.size:
@@ -125,7 +126,7 @@ def speed(args):
                                  tok_s=f'{1000 * tokens / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else '',
                                  **log.get(name, dict(mem_gb='', mfu=''))))
             if rows:
-                io.write_csv(file, rows)
+                io.write_csv(file, sorted(others + rows, key=lambda r: list(SIZES).index(r['size'])))
     return rows
 
 
