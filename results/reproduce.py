@@ -375,7 +375,7 @@ def main():
 
     for folder in {f'{out}/{name}-{seed}' for seed in args.seeds for r in missing[seed] for name in line(r.run)}:
         if 'corpora' in scale and io.find_checkpoint(folder) and (was := io.load_checkpoint(folder)['args']['dtype']) != precision:
-            io.fail(f'{folder} was trained with --dtype {was}, this table takes {precision}: give another --out')
+            io.fail(f'{folder} was trained with --dtype {was}, this table takes {precision}: move that folder away, or give another --out')
 
     def make(r, seed, threads, seen):
         """Extends and measures a row of a seed -> its lines of the csv, and nothing that waits for them. What is not seen goes to FOLDER.txt."""

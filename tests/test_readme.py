@@ -124,7 +124,7 @@ def test_reproduce_toy(tmp_path):
     assert all(f'--pe {r["flags"].split()[3]} --dtype {precision}' in r['flags'] and '| --lengths 128,192,256 --dtype fp32' in r['flags'] for r in rows)
     if precision == 'bf16':
         other = subprocess.run(command + ['--dtype', 'fp32'], cwd=ROOT, capture_output=True, text=True)
-        assert other.returncode == 2 and other.stderr.startswith('error:') and other.stderr.endswith('was trained with --dtype bf16, this table takes fp32: give another --out\n')
+        assert other.returncode == 2 and other.stderr.startswith('error:') and other.stderr.endswith('was trained with --dtype bf16, this table takes fp32: move that folder away, or give another --out\n')
 
 
 def test_reproduce_on_real_text(tmp_path, monkeypatch, capsys):
