@@ -1,0 +1,165 @@
+"""
+Checkpoints: saved whole or not at all, checked when they are read; the lock and the free space of a run's folder.
+"""
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from contextlib import suppress
+
+import torch
+
+from data.runtime import fail
+from model import GPT, GPTConfig, init_std
+
+
+def save_checkpoint(path, ckpt):
+    """
+    All or nothing: written beside, flushed to the disk, then renamed; the one before stays as *.prev.pt.
+    Ends with one line if the disk is full or the folder cannot be written; the old checkpoint is still there then.
+    """
+    tmp = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.tmp')
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(tmp, 'wb') as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(path):
+            os.replace(path, path.removesuffix('.pt') + '.prev.pt')
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
+        with suppress(OSError):                      # half a file would go on filling the disk
+            os.remove(tmp)
+        fail(f'could not save {path} ({str(e).partition(chr(10))[0]}): free some space or choose another --out; what was saved before is intact')
+
+
+def find_checkpoint(path):
+    """A checkpoint file, or a run's folder -> the file that holds the last complete save, or None."""
+    path = os.fspath(path)
+    if not os.path.isdir(path):
+        return path if os.path.exists(path) else None
+    # a kill between the two renames of a save leaves the previous one only
+    return next((p for p in (f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt') if os.path.exists(p)), None)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. A damaged, foreign or unsafe file is refused in one line."""
+    file = find_checkpoint(path)
+    if file is None:
+        inside = ', '.join(sorted(f for f in os.listdir(path) if not f.startswith('.'))[:8]) if os.path.isdir(path) else ''
+        fail(f'no checkpoint at {path}' + (f' (it holds {inside})' if inside else '') + ': train one with train.py --out')
+    prev = file.removesuffix('.pt') + '.prev.pt'
+    other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''
+    try:
+        with zipfile.ZipFile(file) as z:             # torch.load does not look at the checksums
+            # a folder's mark in the directory makes torch leave the tensor unread, without a word
+            bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
+        if bad:
+            fail(f'{file} is damaged (checksum of {bad}): restore it or train again{other}')
+        ckpt = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:                           # every kind of damage has its own exception
+        unsafe = 'weights_only' in str(e).lower() or 'Unsupported' in str(e)
+        what = 'would run code when loaded' if unsafe else f'is not a whole checkpoint ({type(e).__name__})'
+        fail(f'{file} {what}: restore it or train again{other}')
+    keys = ('model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer')
+    lacks = [k for k in keys if k not in ckpt] if isinstance(ckpt, dict) else keys
+    if lacks:
+        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(lacks)}{other}')
+    return ckpt
+
+
+def fingerprint(path):
+    """Of a checkpoint's contents: the checksums that its file carries."""
+    with zipfile.ZipFile(find_checkpoint(path)) as z:
+        return hashlib.sha256(str([(i.filename.partition('/')[2], i.CRC) for i in z.infolist()]).encode()).hexdigest()
+
+
+def stem(path):
+    """The name that results of a checkpoint go under: out/nope -> ckpt, out/nope/head-1024.pt -> head-1024."""
+    return os.path.basename(find_checkpoint(path)).removesuffix('.pt').removesuffix('.prev')
+
+
+def load_model(ckpt, **override):
+    """The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit."""
+    try:
+        with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
+            model = GPT(GPTConfig(**{**ckpt['config'], **override}))
+    except (TypeError, ValueError) as e:
+        fail(f'the checkpoint\'s configuration does not fit: {e}')
+    have, want = ckpt['model'], model.state_dict()
+    # a position table comes and goes with pe; everything else must be there, in the same shape
+    diff = [k for k in want if k not in have and not k.startswith('pos_')] + [k for k in have if k not in want and not k.startswith('pos_')]
+    diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
+    if diff:
+        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
+    # the tensors themselves, so that they are held once; but those of a converted one may be in half precision, or the head one with the embedding
+    tied = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
+    own = {k: have[k].detach().to(want[k].dtype, copy=tied and k == 'lm_head.weight') for k in want if k in have}
+    for k in want.keys() - own.keys():               # the table of a position encoding that the checkpoint has not
+        own[k] = torch.nn.init.normal_(torch.empty(want[k].shape), std=init_std(model.config, k))
+    model.load_state_dict(own, assign=True)
+    return model
+
+
+def frozen(model, env):
+    """
+    The model on its device, where nothing of it learns (but, later, temperatures). In bf16 its matrices are kept as
+    autocast would cast them at every use: the same numbers from half the memory.
+    """
+    for m in model.eval().requires_grad_(False).modules():
+        if isinstance(m, torch.nn.Linear) and env.dtype == 'bf16':
+            m.to(torch.bfloat16)
+    return model.to(env.device)
+
+
+def padded(n):
+    """Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token has the rows that are added."""
+    return n if n < 4096 else (n + 63) // 64 * 64
+
+
+def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
+    """
+    The data's vocabulary is the model's, and the lengths lie inside a learned table. A model may have more rows than its tokenizer
+    has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers may share.
+    """
+    n = meta['vocab_size']
+    same = config.vocab_size == n or config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer']) or n < config.vocab_size and meta['tokenizer'].startswith('hf:')
+    if not same:
+        fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use data of the tokenizer that it was trained with')
+    if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
+        fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
+
+
+def preflight(out, need_bytes, need_memory=0):
+    """Before long work: the folder can be written and has room for need_bytes, and need_memory bytes are free (on Linux, which tells)."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):        # a name of its own: all ranks come here at once
+            pass
+    except OSError as e:
+        fail(f'--out {out} cannot be written ({e.strerror}): choose another folder')
+    free = shutil.disk_usage(out).free
+    if free < need_bytes:
+        fail(f'--out {out}: {free / 1e9:.2f} GB free, this will take up to {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
+    need_memory *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if need_memory and os.path.exists('/proc/meminfo'):
+        free = next(int(line.split()[1]) * 1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
+        if free < need_memory:
+            fail(f'{free / 1e9:.1f} GB of memory are free, this will take at least {need_memory / 1e9:.1f} GB: lower --micro_batch or --length, give --activation_checkpointing, '
+                 'or take a smaller model')
+
+
+def lock(out):
+    """Keeps a second run out of the folder while this one lives; the operating system drops it when we end. Keep the result."""
+    import fcntl
+    f = open(f'{out}/.lock', 'w')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f'another run is writing to {out}: wait for it, or choose another --out')
+    except OSError as e:
+        print(f'warning: {out} cannot be locked on this file system ({e.strerror}): start no second run there', file=sys.stderr)
+    return f
