@@ -11,7 +11,8 @@ import torch
 
 from data.runtime import fail
 
-DOCS_LISTED = 2**20
+DOCS_LISTED = 2**20          # a corpus of more documents has no list of them in its meta.json
+READ_AT_ONCE = 2**24         # tokens
 
 
 def write_data(out, tokenizer, splits, source):
@@ -22,54 +23,67 @@ def write_data(out, tokenizer, splits, source):
     None where they are too many for a list: each begins with BOS, which no text holds.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name, source=source)
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name,
+                source=source)
     files = [f'{split}.bin' for split in splits] + ['meta.json']
     try:
         os.makedirs(out, exist_ok=True)
         for split, docs in splits.items():
-            starts, n, n_docs, longest, sha = [], 0, 0, 0, hashlib.sha256()
             with open(f'{out}/.{split}.bin.tmp', 'wb') as f:
-                for ids in docs:
-                    head = [] if tokenizer.bos is None else [tokenizer.bos]
-                    ids = np.concatenate((np.array(head, dtype), np.asarray(ids, dtype)))
-                    if n_docs < DOCS_LISTED or tokenizer.bos is None:
-                        starts.append(n)
-                    n, n_docs, longest = n + len(ids), n_docs + 1, max(longest, len(ids))
-                    sha.update(ids.tobytes())
-                    f.write(ids.tobytes())
-            meta[split] = dict(tokens=n, sha256=sha.hexdigest(), n_docs=n_docs, longest=longest, docs=starts if len(starts) == n_docs else None)
+                meta[split] = write_documents(f, docs, tokenizer.bos, dtype)
         with open(f'{out}/.meta.json.tmp', 'w') as f:
             json.dump(meta, f)
         for file in files:
             os.replace(f'{out}/.{file}.tmp', f'{out}/{file}')
     except OSError as e:
         fail(f'--out {out} cannot be written ({e.strerror}): free some space or choose another folder')
-    finally:                                         # nothing is there any more but after a failure
+    finally:                                         # only after a failure is there anything left to remove
         for file in files:
             with suppress(OSError):
                 os.remove(f'{out}/.{file}.tmp')
     return meta
 
 
+def write_documents(f, docs, bos, dtype):
+    """Writes documents one by one to the open file f, with BOS (unless None) in front. Returns the split's part of the meta."""
+    starts, tokens, n_docs, longest, sha = [], 0, 0, 0, hashlib.sha256()
+    head = np.array([] if bos is None else [bos], dtype)
+    for ids in docs:
+        ids = np.concatenate((head, np.asarray(ids, dtype)))
+        if n_docs < DOCS_LISTED or bos is None:      # without BOS only the list tells where a document begins
+            starts.append(tokens)
+        tokens += len(ids)
+        n_docs += 1
+        longest = max(longest, len(ids))
+        sha.update(ids.tobytes())
+        f.write(ids.tobytes())
+    if len(starts) < n_docs:
+        starts = None
+    return dict(tokens=tokens, sha256=sha.hexdigest(), n_docs=n_docs, longest=longest, docs=starts)
+
+
 class Tokens:
     """
     A .bin file: its length in tokens, slices of it, and np.asarray of those, which is when they are read. (A memmap would
-    end us with SIGBUS where the file has become shorter.)
+    end the program with SIGBUS where the file has become shorter.)
     """
 
     def __init__(self, file, dtype, start, stop, fd=None):
         self.file, self.dtype, self.start, self.stop = file, dtype, start, stop
-        try:
-            self.fd = os.open(file, os.O_RDONLY) if fd is None else fd
-        except OSError as e:
-            fail(f'{file} cannot be opened ({e.strerror})')
+        self.fd = fd                                 # slices share it
+        if fd is None:
+            try:
+                self.fd = os.open(file, os.O_RDONLY)
+            except OSError as e:
+                fail(f'{file} cannot be opened ({e.strerror})')
 
     def __len__(self):
         return self.stop - self.start
 
     def __getitem__(self, part):
         if not isinstance(part, slice):
-            return np.asarray(self[range(len(self))[part]:][:1])[0]
+            at = range(len(self))[part]
+            return np.asarray(self[at:at + 1])[0]
         a, b, _ = part.indices(len(self))
         return Tokens(self.file, self.dtype, self.start + a, self.start + max(a, b), self.fd)
 
@@ -80,7 +94,8 @@ class Tokens:
         except OSError as e:
             fail(f'{self.file} cannot be read ({e.strerror}); what was saved before is intact', everywhere=True)
         if len(read) < size:
-            fail(f'{self.file} has become shorter since it was opened: prepare the data again; what was saved before is intact', everywhere=True)
+            fail(f'{self.file} has become shorter since it was opened: prepare the data again; '
+                 'what was saved before is intact', everywhere=True)
         return np.frombuffer(read, self.dtype).astype(dtype or self.dtype)
 
 
@@ -94,18 +109,26 @@ def random_vocab(path):
     return int(vocab or 32000)
 
 
+def random_data(vocab, split):
+    """(tokens, meta) for benchmarks: they cost nothing to read and teach nothing."""
+    dtype = np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
+    data = np.random.default_rng(split == 'val').integers(vocab, size=2**22, dtype=dtype)
+    part = dict(tokens=len(data), docs=[0], sha256='random')
+    return data, dict(tokenizer='random', dtype=dtype.name, vocab_size=vocab, bos=None, train=part, val=part)
+
+
 def open_data(path, split):
     """(Tokens, meta), checked as far as that is cheap: size, type, the largest id."""
-    if vocab := random_vocab(path):                  # for benchmarks: tokens that cost nothing to read and teach nothing
-        data = np.random.default_rng(split == 'val').integers(vocab, size=2**22, dtype=np.uint16 if vocab <= 2**16 else np.uint32)
-        return data, dict(tokenizer='random', dtype=data.dtype.name, vocab_size=vocab, bos=None, **{s: dict(tokens=len(data), docs=[0], sha256='random') for s in ('train', 'val')})
+    vocab = random_vocab(path)
+    if vocab:
+        return random_data(vocab, split)
     if not os.path.isdir(path):
         fail(f'--data {path} is not a folder; make one with python -m data.passkey.prepare or data.text.prepare')
     try:
         with open(f'{path}/meta.json') as f:
             meta = json.load(f)
         n, dtype, vocab_size = meta[split]['tokens'], np.dtype(meta['dtype']), meta['vocab_size']
-        meta['bos'], meta[split]['docs']             # used later: missing shows now
+        meta['bos'], meta[split]['docs']             # used later: where they are missing, it shows now
     except FileNotFoundError:
         fail(f'{path}/meta.json is missing: prepare the data again')
     except (ValueError, KeyError, TypeError) as e:
@@ -113,36 +136,73 @@ def open_data(path, split):
     file = f'{path}/{split}.bin'
     if not os.path.isfile(file):
         fail(f'{file} is missing: prepare the data again')
-    if os.path.getsize(file) != n * dtype.itemsize:
-        fail(f'{file} holds {os.path.getsize(file):,} bytes, but its meta.json says {n:,} tokens of {dtype.itemsize}: prepare the data again')
+    size = os.path.getsize(file)
+    if size != n * dtype.itemsize:
+        fail(f'{file} holds {size:,} bytes, but its meta.json says {n:,} tokens of {dtype.itemsize}: '
+             'prepare the data again')
     if n == 0:
         fail(f'{file} is empty: prepare the data again from more text')
     data = Tokens(file, dtype, 0, n)
-    for i in range(0, n, max(2**24, n // 64)):       # all of a small file; of one that would take minutes, 64 places
-        part = np.asarray(data[i:i + 2**24])
+    # all of a small file; of one that would take minutes, 64 places
+    for i in range(0, n, max(READ_AT_ONCE, n // 64)):
+        part = np.asarray(data[i:i + READ_AT_ONCE])
         if part.max() >= vocab_size:
             at = i + int(part.argmax())
-            fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {vocab_size}: prepare the data again')
+            fail(f'{file}: token {at:,} is {int(data[at])}, outside the vocabulary of {vocab_size}: '
+                 'prepare the data again')
     return data, meta
+
+
+def document_starts(data, meta, split):
+    """Where each document of a split begins, in order: int64, in tokens."""
+    listed = meta[split]['docs']
+    if listed is not None:
+        return np.array(listed, np.int64)
+    # too many for a list: every document begins with BOS, and nothing else is BOS
+    found = []
+    for i in range(0, len(data), READ_AT_ONCE):
+        part = np.asarray(data[i:i + READ_AT_ONCE])
+        found.append(i + np.flatnonzero(part == meta['bos']))
+    return np.concatenate(found)
 
 
 def documents(data, meta, split):
     """The documents of a split, in order, as slices (each with its BOS)."""
-    starts = meta[split]['docs']
-    if starts is None:
-        starts = [i + int(j) for i in range(0, len(data), 2**24) for j in np.flatnonzero(np.asarray(data[i:i + 2**24]) == meta['bos'])]
-    starts = starts + [len(data)]
-    return [data[a:b] for a, b in zip(starts, starts[1:])]
+    starts = document_starts(data, meta, split).tolist()
+    ends = starts[1:] + [len(data)]
+    return [data[start:end] for start, end in zip(starts, ends)]
 
 
-def get_batch(data, bos, rows, T, seed, step, rank=0, world=1):
+def by_length(data, meta, split):
+    """The documents of a split from the shortest to the longest: (starts, lengths), int64, in tokens with their BOS."""
+    starts = document_starts(data, meta, split)
+    lengths = np.diff(starts, append=len(data))
+    order = np.argsort(lengths, kind='stable')
+    return starts[order], lengths[order]
+
+
+def longer_than(docs, T):
+    """The starts of the documents, out of by_length(), that fill a row of T tokens and hold the target of its last one."""
+    starts, lengths = docs
+    return starts[np.searchsorted(lengths, T, side='right'):]
+
+
+def get_batch(data, bos, rows, T, seed, step, rank=0, world=1, docs=None):
     """
     The batch of one step, a pure function of (seed, step): `rows` windows drawn for all ranks together, of which this
     rank gets its own. Any number of ranks sees the same global batch, and resuming needs no state.
     Returns idx, targets, int64, (rows / world, T) each; every row begins with `bos` (see anchor).
+    docs: None cuts windows anywhere out of the stream; with by_length() a row begins with a document longer than itself.
     """
-    start = np.random.default_rng((seed, step)).integers(len(data) - T, size=rows)[rank * rows // world:(rank + 1) * rows // world]
-    x = anchor([data[i:i + T + 1] for i in start], bos)
+    rng = np.random.default_rng((seed, step))
+    if docs is None:
+        starts = rng.integers(len(data) - T, size=rows)
+    else:
+        fitting = longer_than(docs, T)
+        starts = fitting[rng.integers(len(fitting), size=rows)]
+        bos = None                                   # the document has its own
+    own = starts[rank * rows // world:(rank + 1) * rows // world]
+    x = anchor([data[i:i + T + 1] for i in own], bos)
     return x[:, :-1], x[:, 1:]
 
 
