@@ -1,32 +1,17 @@
-"""What model.py promises about its numbers, each held against something written apart from it. CPU, fp32, no network."""
+"""What model.py promises about its numbers, each held against something written apart from it."""
 import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build, close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import ENCODINGS, GPT, GPTConfig, KVCache, PRESETS, alibi_slopes, t5_bucket
+from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, t5_bucket
 
 L = 16                                               # the block_size of build(); most sequences here are longer
 every_pe = pytest.mark.parametrize('pe', ENCODINGS)
-
-
-def build(pe='nope', **shape):
-    """A small network with gains away from 1, and with attention away from uniform."""
-    torch.manual_seed(1)
-    shape = dict(block_size=L, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48) | shape
-    model = GPT(GPTConfig(pe=pe, **shape))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if 'q_proj' in name or 'k_proj' in name:
-                p.mul_(1.5)
-            elif 'norm' in name:
-                p.uniform_(0.5, 1.5)
-            elif name == 'pos_bias.weight':
-                p.mul_(10)
-    return model
 
 
 def heat(model):
@@ -46,20 +31,25 @@ def span(pe):
     return L if pe == 'learned' else 40
 
 
-def close(a, b, tol=1e-5):
-    torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
-
-
 def t5_table(n):
-    """Raffel et al. 2020, 32 buckets to 128, one direction: the first distance of each bucket, from its code's formula by hand."""
-    return sum(n >= first for first in (*range(1, 17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113))
+    """Raffel et al. 2020: the first distances of 32 buckets up to 128, from its code's formula by hand."""
+    first = (*range(1, 17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
+    return sum(n >= distance for distance in first)
+
+
+def turned(x, c):
+    """RoPE on x (T, hs) from position 0. Su et al. 2021, eq. 12: a pair is a complex number, times exp(i t theta_m)."""
+    T, hs = x.shape
+    theta = [math.exp(-2 * m / hs * math.log(c.rope_theta)) for m in range(hs // 2)]
+    turn = torch.exp(1j * torch.arange(T).double()[:, None] * torch.tensor(c.rope_inv_freq or theta).double())
+    pairs = torch.complex(x[:, :hs // 2], x[:, hs // 2:])
+    return torch.view_as_real(pairs * turn).mT.flatten(1)
 
 
 def reference(model, idx):
     """The network in float64, from the papers' equations: a GPT's config and weights, idx (T,) -> logits (T, V)."""
     c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
     T, hs = len(idx), c.n_embd // c.n_head
-    i = torch.arange(1, T + 1).double()              # positions, from 1
 
     def norm(x, gain=1):                             # RMSNorm: x / sqrt(mean x^2 + eps)
         return gain * x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps) ** 0.5
@@ -82,10 +72,8 @@ def reference(model, idx):
             k, v = (h @ part[f'attn.{z}_proj'][g * hs:(g + 1) * hs].T for z in 'kv')
             if c.qk_norm:
                 q, k = norm(q), norm(k)
-            if c.pe == 'rope':                       # Su et al. 2021, eq. 12: pair m is the complex number times exp(i t theta_m)
-                theta = torch.tensor(c.rope_inv_freq or [math.exp(-2 * m / hs * math.log(c.rope_theta)) for m in range(hs // 2)]).double()
-                turn = torch.exp(1j * (i[:, None] - 1) * theta)
-                q, k = (torch.view_as_real(torch.complex(z[:, :hs // 2], z[:, hs // 2:]) * turn).mT.flatten(1) for z in (q, k))
+            if c.pe == 'rope':
+                q, k = turned(q, c), turned(k, c)
             # Wang et al. 2024, eq. 4: the temperature on the scores
             lam = part['attn.scale'][a] + part['attn.slope'][a] * math.log(max(1, T / c.block_size))
             s = lam * (q @ k.T) / hs ** 0.5
@@ -133,9 +121,12 @@ def test_cached_decoding_is_the_full_forward(pe, chunks):
 def test_learned_positions_end_with_their_table():
     model, cache = build('learned'), KVCache()
     model(tokens(1, L), cache=cache)
-    for beyond in (lambda: model(tokens(1, L + 1)), lambda: model(tokens(1, 1), cache=cache), lambda: model.generate(tokens(1, 1), L + 1)):
-        with pytest.raises(ValueError, match=rf'\b{L}\b'):
-            beyond()
+    with pytest.raises(ValueError, match=rf'\b{L}\b'):
+        model(tokens(1, L + 1))
+    with pytest.raises(ValueError, match=rf'\b{L}\b'):
+        model(tokens(1, 1), cache=cache)
+    with pytest.raises(ValueError, match=rf'\b{L}\b'):
+        model.generate(tokens(1, 1), L + 1)
 
 
 @every_pe
@@ -143,13 +134,14 @@ def test_generate_takes_the_likeliest_token(pe):
     model = heat(build(pe))
     prompt = tokens(2, 5)
     naive = prompt
-    while (n := naive.size(1)) < span(pe):           # no cache, every logit, in a row as long as it will be
-        naive = torch.cat((naive, model(F.pad(naive, (0, span(pe) - 1 - n)))[0][:, n - 1:n].argmax(-1)), dim=1)
+    for n in range(5, span(pe)):                     # no cache, every logit, in a row as long as it will be
+        logits = model(F.pad(naive, (0, span(pe) - 1 - n)))[0]
+        naive = torch.cat((naive, logits[:, n - 1:n].argmax(-1)), dim=1)
     assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0), naive)
     assert torch.equal(model.generate(prompt, span(pe) - 5, temperature=0.5, top_k=1), naive)
 
 
-def test_generate_from_nothing_and_from_one_token():
+def test_generate_begins_with_at_least_one_token():
     model = build('nope')
     with pytest.raises(ValueError, match='begin with BOS'):
         model.generate(torch.empty(1, 0, dtype=torch.long), 3)
@@ -165,7 +157,8 @@ def test_generate_samples_the_tempered_distribution(top_k):
     if top_k:
         p[p.argsort()[:-top_k]] = 0
     p /= p.sum()
-    assert ((drawn.bincount(minlength=50) - n * p).abs() <= 4 * (n * p) ** 0.5 + 4 * (p > 0)).all()      # four standard deviations of a count
+    off = (drawn.bincount(minlength=50) - n * p).abs()
+    assert (off <= 4 * (n * p) ** 0.5 + 4 * (p > 0)).all()               # four standard deviations of a count
 
 
 @every_pe
@@ -180,56 +173,89 @@ def test_grouped_queries_are_repeated_keys(pe):
     close(grouped(idx)[0], full(idx)[0])
 
 
+class Kernel:
+    """In place of the attention kernel: calls it, and keeps what it got and gave."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.real = [], F.scaled_dot_product_attention
+        monkeypatch.setattr(F, 'scaled_dot_product_attention', self)
+
+    def __call__(self, q, k, v, attn_mask=None, **more):
+        y = self.real(q, k, v, attn_mask=attn_mask, **more)
+        self.calls.append((q, k, v, attn_mask, y))
+        return y
+
+
 @pytest.mark.parametrize('autocast', [False, True])
 def test_temperature_one_is_the_identity_bit_for_bit(autocast, monkeypatch):
-    model, projected, attended, sdpa = build(), [], [], F.scaled_dot_product_attention
+    model, projected, kernel = build(), [], Kernel(monkeypatch)
     for block in model.blocks:
         block.attn.q_proj.register_forward_hook(lambda m, x, q: projected.append(q.view(2, 40, 4, 8).transpose(1, 2)))
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, *a, **k: attended.append(q) or sdpa(q, *a, **k))
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         model(tokens(2, 40))
         with torch.no_grad():
             model(tokens(2, 40))
-    assert len(attended) == len(projected) == 4
-    assert all(torch.equal(p.type_as(a), a) for p, a in zip(projected, attended))
+    attended = [call[0] for call in kernel.calls]
+    for p, q in zip(projected, attended, strict=True):
+        assert torch.equal(p.type_as(q), q)
     # short rows that train on CPU go through the kernel in fp32; everything else in the precision of the projections
-    assert [a.dtype for a in attended] == [torch.float32] * 2 + [projected[0].dtype] * 2
+    assert [q.dtype for q in attended] == [torch.float32] * 2 + [projected[0].dtype] * 2
 
 
 @pytest.mark.parametrize('pe', ['nope', 'rope', 't5'])
 @pytest.mark.parametrize('T, trained_in', [(64, torch.float32), (511, torch.float32), (512, torch.bfloat16)])
 def test_short_rows_train_on_cpu_with_attention_in_fp32(pe, T, trained_in, monkeypatch):
-    """Autocast would cast what the kernel gets back to bf16. What it returns is that of a float64 formula to fp32's precision."""
-    model, seen, sdpa = build(pe), [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **a: seen.append((q, k, v, a, sdpa(q, k, v, **a))) or seen[-1][-1])
+    """Autocast would cast it back to bf16. What the kernel gives is a float64 formula's, to fp32's precision."""
+    model, kernel = build(pe), Kernel(monkeypatch)
+    tol = dict(rtol=1e-5, atol=1e-6) if trained_in == torch.float32 else dict(rtol=2e-2, atol=1e-3)
     with torch.autocast('cpu', torch.bfloat16):
         model(tokens(1, T))[0].float().sum().backward()
-    assert len(seen) == 2
-    for q, k, v, a, y in seen:
-        assert q.dtype == k.dtype == v.dtype == y.dtype == trained_in and (a['attn_mask'] is None or a['attn_mask'].dtype == trained_in)
+    assert len(kernel.calls) == 2
+    for q, k, v, mask, y in kernel.calls:
+        assert {z.dtype for z in (q, k, v, y)} == {trained_in}
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
         s = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.size(-1))
-        s = s + a['attn_mask'].double() if a['attn_mask'] is not None else s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-        torch.testing.assert_close(y.double(), s.softmax(-1) @ v.double(), **(dict(rtol=1e-5, atol=1e-6) if trained_in == torch.float32 else dict(rtol=2e-2, atol=1e-3)))
+        if mask is None:
+            s = s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        else:
+            assert mask.dtype == trained_in
+            s = s + mask.double()
+        torch.testing.assert_close(y.double(), s.softmax(-1) @ v.double(), **tol)
+
+
+def sloped(pe):
+    """-> a network whose temperatures grow with the length, and one that always has what they are at 40 tokens."""
+    slopes, fixed = build(pe), build(pe)
+    for a, b in zip(slopes.blocks, fixed.blocks):
+        a.attn.slope.data.uniform_(0.2, 0.5)
+        b.attn.scale.data.copy_(1 + a.attn.slope * math.log(40 / L))
+    return slopes, fixed
 
 
 @every_pe
-def test_slope_is_one_temperature_a_length_and_none_up_to_block_size(pe):
-    model, sloped, idx = build(pe), build(pe), tokens(2, span(pe))
-    for block in sloped.blocks:
-        block.attn.slope.data.uniform_(0.2, 0.5)
+def test_slopes_leave_lengths_up_to_block_size_bit_identical(pe):
+    slopes, idx = sloped(pe)[0], tokens(2, L)
     for n in (1, 2, L - 1, L):
-        assert torch.equal(model(idx[:, :n])[0], sloped(idx[:, :n])[0])
-    if pe != 'learned':                              # which has no past
-        for a, b in zip(model.blocks, sloped.blocks):
-            a.attn.scale.data.copy_(1 + b.attn.slope * math.log(40 / L))
-        close(model(idx)[0], sloped(idx)[0])
-    # a decoder that is told its length has that temperature from the start; one that is not, that of what it holds
-    told, grown = KVCache(40), KVCache()
-    if pe != 'learned':
-        close(sloped(idx[:, :5], cache=told)[0], model(idx)[0][:, :5])
-        close(sloped(idx[:, :30], cache=grown)[0], sloped(idx[:, :30])[0])
-        assert (sloped(idx[:, :30])[0] - model(idx[:, :30])[0]).abs().max() > 1e-4       # which is another one than that of 40
+        assert torch.equal(slopes(idx[:, :n])[0], build(pe)(idx[:, :n])[0])
+
+
+past = pytest.mark.parametrize('pe', [pe for pe in ENCODINGS if pe != 'learned'])       # whose table has no past
+
+
+@past
+def test_a_slope_is_one_temperature_a_length(pe):
+    (slopes, fixed), idx = sloped(pe), tokens(2, 40)
+    close(slopes(idx)[0], fixed(idx)[0])
+    # that of 30 tokens is another one
+    assert (slopes(idx[:, :30])[0] - fixed(idx[:, :30])[0]).abs().max() > 1e-4
+
+
+@past
+def test_a_decoder_that_is_told_its_length_has_that_temperature_from_the_start(pe):
+    (slopes, fixed), idx = sloped(pe), tokens(2, 40)
+    close(slopes(idx[:, :5], cache=KVCache(40))[0], fixed(idx)[0][:, :5])
+    # one that is not told has that of the tokens it holds
+    close(slopes(idx[:, :30], cache=KVCache())[0], slopes(idx[:, :30])[0])
 
 
 @pytest.mark.parametrize('pe', ['nope', 'rope'])
@@ -250,7 +276,8 @@ def test_one_temperature_for_all_heads_is_the_softmax_scale(qk_norm, monkeypatch
     model = build(qk_norm=qk_norm)
     idx = tokens(2, 40)
     with monkeypatch.context() as patch:             # Wang et al. 2024, eq. 3
-        patch.setattr(F, 'scaled_dot_product_attention', functools.partial(F.scaled_dot_product_attention, scale=1.2 / 8 ** 0.5))
+        scaled = functools.partial(F.scaled_dot_product_attention, scale=1.2 / 8 ** 0.5)
+        patch.setattr(F, 'scaled_dot_product_attention', scaled)
         uniform = model(idx)[0]
     for block in model.blocks:
         block.attn.scale.data.fill_(1.2)
@@ -277,20 +304,27 @@ def test_temperature_gradients_are_finite_differences(pe, qk_norm):
 @pytest.mark.parametrize('rows', [None, slice(-9, None), torch.tensor([3, 4, 12])])
 def test_chunked_loss_is_the_plain_loss(rows):
     model, heads = build(), []
-    model.logits_at_once = 50 * 5 + 7                # room for five rows, so four at a time, of 26, 18 or 6: never a whole number of chunks
+    # room for five rows, so four at a time, of 26, 18 or 6: never a whole number of chunks
+    model.logits_at_once = 50 * 5 + 7
     model.lm_head.register_forward_hook(lambda m, x, logits: heads.append(logits.numel() // 50))
     idx, targets = tokens(2, 13), tokens(2, 13)
-    targets = targets if rows is None else targets[:, rows]
+    if rows is not None:
+        targets = targets[:, rows]
     logits, loss = model(idx, targets, rows=rows)
     loss.backward()
-    assert logits is None and max(heads) == 4 and sum(heads) == 2 * targets.numel()      # once forward, once again backward
-    grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    assert logits is None
+    assert max(heads) == 4
+    assert sum(heads) == 2 * targets.numel()         # once forward, once again backward
+    learned = [p for p in model.parameters() if p.requires_grad]
+    grads = [p.grad.clone() for p in learned]
     model.zero_grad()
     every = model(idx)[0]
-    plain = F.cross_entropy((every if rows is None else every[:, rows]).flatten(0, 1), targets.flatten())
+    if rows is not None:
+        every = every[:, rows]
+    plain = F.cross_entropy(every.flatten(0, 1), targets.flatten())
     plain.backward()
     close(loss, plain)
-    for p, g in zip((p for p in model.parameters() if p.requires_grad), grads, strict=True):
+    for p, g in zip(learned, grads, strict=True):
         close(g, p.grad)
 
 
@@ -298,6 +332,9 @@ def test_rope_frequencies():
     # Su et al. 2021, sec. 3.2.2: theta_m = base^(-2m/d)
     for theta in (10000.0, 500000.0):
         close(build('rope', rope_theta=theta).inv_freq, 1 / theta ** (torch.arange(0, 8, 2).double() / 8), 1e-6)
+
+
+def test_rope_takes_any_frequencies():
     idx = tokens(2, 40)
     given = build('rope', rope_inv_freq=[0.7, 0.05, 0.01, 0.0])
     for x in idx:
@@ -307,11 +344,12 @@ def test_rope_frequencies():
 
 
 def test_rope_keeps_the_first_positions():
-    """LongRoPE's n-hat (Ding et al. 2024, eq. 3): positions below it turn as in training, the others by the frequencies given."""
-    kept, plain, given = (build('rope', **kw) for kw in (dict(rope_inv_freq=[0.7, 0.05, 0.01, 0.0], rope_start=9), {}, dict(rope_inv_freq=[0.7, 0.05, 0.01, 0.0])))
-    idx = tokens(2, 40)
-    assert torch.equal(kept(idx)[0][:, :9], plain(idx)[0][:, :9]) and (kept(idx)[0][:, 9:] != given(idx)[0][:, 9:]).any(-1).all()
-    angle = torch.arange(40)[:, None] * torch.tensor([0.7, 0.05, 0.01, 0.0])
+    """LongRoPE's n-hat (Ding et al. 2024, eq. 3): positions below it turn as in training."""
+    freq, idx = [0.7, 0.05, 0.01, 0.0], tokens(2, 40)
+    kept, given = build('rope', rope_inv_freq=freq, rope_start=9), build('rope', rope_inv_freq=freq)
+    assert torch.equal(kept(idx)[0][:, :9], build('rope')(idx)[0][:, :9])
+    assert (kept(idx)[0][:, 9:] != given(idx)[0][:, 9:]).any(-1).all()
+    angle = torch.arange(40)[:, None] * torch.tensor(freq)
     angle[:9] = torch.arange(9)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
     seen = []
     kept.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x[1]))
@@ -319,18 +357,21 @@ def test_rope_keeps_the_first_positions():
     close(torch.stack(seen[0]), torch.stack((angle.cos(), angle.sin())))
 
 
-def test_alibi_slopes():
+@pytest.mark.parametrize('heads, slopes', [
     # Press et al. 2022: a geometric sequence; six and twelve heads by the published code's rule
-    assert alibi_slopes(8) == [2.0 ** -h for h in range(1, 9)] and alibi_slopes(1) == [2 ** -8] and alibi_slopes(2) == [2 ** -4, 2 ** -8]
-    assert alibi_slopes(6) == [2 ** -2, 2 ** -4, 2 ** -6, 2 ** -8, 2 ** -1, 2 ** -3]
-    assert alibi_slopes(12) == [2.0 ** -h for h in range(1, 9)] + [2 ** -0.5, 2 ** -1.5, 2 ** -2.5, 2 ** -3.5]
+    (1, [2 ** -8]), (2, [2 ** -4, 2 ** -8]), (8, [2.0 ** -h for h in range(1, 9)]),
+    (6, [2 ** -2, 2 ** -4, 2 ** -6, 2 ** -8, 2 ** -1, 2 ** -3]),
+    (12, [2.0 ** -h for h in range(1, 9)] + [2 ** -0.5, 2 ** -1.5, 2 ** -2.5, 2 ** -3.5])])
+def test_alibi_slopes(heads, slopes):
+    assert alibi_slopes(heads) == slopes
 
 
 def test_t5_buckets():
     n = torch.arange(400)
     assert t5_bucket(n).tolist() == [t5_table(int(x)) for x in n]
     hf = pytest.importorskip('transformers')
-    assert torch.equal(t5_bucket(n), hf.models.t5.modeling_t5.T5Attention._relative_position_bucket(-n, bidirectional=False))
+    theirs = hf.models.t5.modeling_t5.T5Attention._relative_position_bucket(-n, bidirectional=False)
+    assert torch.equal(t5_bucket(n), theirs)
 
 
 def test_rope_depends_on_differences_only():
@@ -347,22 +388,27 @@ def test_rope_depends_on_differences_only():
 
 
 def test_nope_cannot_tell_the_places_of_a_constant_sequence():
-    model, seen = heat(build()), []                  # Wang et al. 2024, sec. 2: alpha_ij = 1/i, whatever the temperature
-    same, varied = torch.full((1, 40), 7), tokens(1, 40)
-    for idx in (same, varied):
-        model.zero_grad()
-        model(idx, tokens(1, 40))[1].backward()
-        grads = torch.stack([p.grad.abs().max() for n, p in model.named_parameters() if n.endswith(('q_proj.weight', 'k_proj.weight'))])
-        assert (grads < 1e-6).all() if idx is same else (grads > 1e-4).all()
+    """Wang et al. 2024, sec. 2: alpha_ij = 1/i, whatever the temperature."""
+    model, seen = heat(build()), []
     v = torch.randn(40, 2, 8)                        # values that differ, so that the weights show
     for block in model.blocks:
         block.attn.v_proj.register_forward_hook(lambda m, x, out: v.view(1, 40, 16))
         block.attn.o_proj.register_forward_hook(lambda m, x, out: seen.append(x[0].view(40, 4, 8)))
     mean = v.cumsum(0) / torch.arange(1, 41).view(-1, 1, 1)
-    model(same)
+    model(torch.full((1, 40), 7))
     close(seen[0], mean[:, [0, 0, 1, 1]], 1e-6)
-    model(varied)
+    model(tokens(1, 40))
     assert (seen[2] - mean[:, [0, 0, 1, 1]]).abs().max() > 0.01
+
+
+def test_a_constant_sequence_teaches_nope_no_queries_or_keys():
+    model = heat(build())
+    for idx, constant in (torch.full((1, 40), 7), True), (tokens(1, 40), False):
+        model.zero_grad()
+        model(idx, tokens(1, 40))[1].backward()
+        for name, p in model.named_parameters():
+            if name.endswith(('q_proj.weight', 'k_proj.weight')):
+                assert (p.grad.abs().max() < 1e-6) == constant, name
 
 
 @every_pe
@@ -375,28 +421,33 @@ def test_one_layer_of_nope_sees_the_prefix_as_a_set(pe):
 
 
 def test_initialisation_is_tinyllamas():
-    model = GPT(GPTConfig(pe='learned', **PRESETS['tinyllama'] | dict(vocab_size=1000, n_layer=3, n_embd=512, n_inner=1408)))
+    shape = PRESETS['tinyllama'] | dict(vocab_size=1000, n_layer=3, n_embd=512, n_inner=1408)
+    model = GPT(GPTConfig(pe='learned', **shape))
     for name, p in model.named_parameters():
         if name.endswith(('scale', 'slope')):        # temperatures do nothing until asked, and never see weight decay
-            assert p.shape == (32,) and p.dtype == torch.float32 and not p.requires_grad and (p == name.endswith('scale')).all()
+            assert (p.shape, p.dtype, p.requires_grad) == ((32,), torch.float32, False)
+            assert (p == name.endswith('scale')).all()
         elif 'norm' in name:
             assert (p == 1).all()
         else:                                        # lit_gpt/model.py of TinyLlama, _init_weights
-            std = 1 / 512 ** 0.5 / 3 if 'o_proj' in name or 'down_proj' in name else (2 / (5 * 512)) ** 0.5
-            assert p.std().item() == pytest.approx(std, rel=0.02) and abs(p.mean().item()) < 0.02 * std, name
+            residual = 'o_proj' in name or 'down_proj' in name
+            std = 1 / 512 ** 0.5 / 3 if residual else (2 / (5 * 512)) ** 0.5
+            assert p.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(p.mean().item()) < 0.02 * std, name
 
 
 @pytest.mark.parametrize('pe', ['nope', 'rope'])
 def test_tinyllama_has_its_published_size(pe):
     with torch.device('meta'):
         model = GPT(GPTConfig(vocab_size=32000, pe=pe, **PRESETS['tinyllama']))
-    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + 2 * 22 * 32     # and one scale, one slope a head
+    temperatures = 22 * 32 * 2                       # a scale and a slope for each head
+    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + temperatures
 
 
 @every_pe
 def test_attention_runs_on_a_fused_kernel(pe):
     model, cache = heat(build(pe)), KVCache()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.profiler.profile() as profile:     # any other kernel raises
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.profiler.profile() as profile:       # any other kernel raises
         model.requires_grad_(pe != 't5')             # a bias that is learned trains on the math kernel
         with torch.set_grad_enabled(pe != 't5'):
             loss = model(tokens(2, L), tokens(2, L))[1]
@@ -405,7 +456,8 @@ def test_attention_runs_on_a_fused_kernel(pe):
         with torch.no_grad():
             for T in (5, 1, 6):                      # prompt, one token, a chunk after cached keys
                 model(tokens(2, T), cache=cache)
-    assert [e.count for e in profile.key_averages() if e.key == 'aten::scaled_dot_product_attention'] == [2 * 4]
+    calls = [e.count for e in profile.key_averages() if e.key == 'aten::scaled_dot_product_attention']
+    assert calls == [2 * 4]
 
 
 @every_pe
@@ -416,34 +468,46 @@ def test_activation_checkpointing_changes_memory_only(pe):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
-        made.append([sum(kept), loss.item(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        made.append((sum(kept), loss.item(), grads))
         model.zero_grad()
-    assert made[1][0] < made[0][0] / 3 and made[0][1] == made[1][1]
-    assert all(torch.equal(a, b) for a, b in zip(made[0][2:], made[1][2:], strict=True))
+    (plain, loss, grads), (less, same_loss, same_grads) = made
+    assert less < plain / 3
+    assert same_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
 
 
-@pytest.mark.parametrize('pe, how', [*((pe, {}) for pe in ENCODINGS), ('rope', dict(logits_at_once=50 * 5)), ('rope', dict(activation_checkpointing=True))], ids=str)
+how_compiled = [(pe, {}) for pe in ENCODINGS]
+how_compiled += [('rope', dict(logits_at_once=50 * 5)), ('rope', dict(activation_checkpointing=True))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pe, how', how_compiled, ids=str)
 def test_compiles_in_one_graph(pe, how):
     torch.compiler.reset()                           # it counts how often it compiled the same code
     model, idx = heat(build(pe)), tokens(2, L + 1)
     for name, value in how.items():                  # the loss in chunks, as with a real vocabulary
         setattr(model, name, value)
-    net = torch.compile(model, backend='aot_eager', fullgraph=True)      # traced forward and backward; no C++ compiler needed
+    # traced forward and backward; no C++ compiler needed
+    net = torch.compile(model, backend='aot_eager', fullgraph=True)
+    grads = []
     for f in net, model:
         f(idx[:, :-1], idx[:, 1:])[1].backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
-        first = grads if f is net else first
-    assert all(g is not None for g in grads.values())
-    for n in grads:
-        close(first[n], grads[n])
+    for name in grads[1]:
+        close(grads[0][name], grads[1][name])
 
 
-@pytest.mark.parametrize('wrong', [
-    dict(n_embd=30), dict(n_kv_head=3), dict(n_kv_head=8), dict(pe='rope', n_embd=20), dict(pe='ropes'), dict(pe=''),
-    *({name: 0} for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')), dict(n_layer=-1)])
-def test_a_shape_that_cannot_be_built_is_refused(wrong):
-    with pytest.raises(ValueError, match=next(reversed(wrong)) if 'pe' not in wrong else 'pe='):
+sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')
+
+
+@pytest.mark.parametrize('wrong, named', [
+    *(({name: 0}, name) for name in sizes), (dict(n_layer=-1), 'n_layer'),
+    (dict(n_embd=30), 'n_embd'), (dict(n_kv_head=3), 'n_kv_head'), (dict(n_kv_head=8), 'n_kv_head'),
+    (dict(pe='rope', n_embd=20), 'pe='), (dict(pe='ropes'), 'pe='), (dict(pe=''), 'pe=')])
+def test_a_shape_that_cannot_be_built_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
         GPTConfig(**dict(vocab_size=50, n_head=4, n_kv_head=2, n_embd=32) | wrong)
 
 
@@ -452,14 +516,19 @@ def test_a_shape_that_cannot_be_built_is_refused(wrong):
 def test_logits_equal_transformers(pe):
     hf = pytest.importorskip('transformers')
     ours = build(pe)
-    c = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-             max_position_embeddings=64, tie_word_embeddings=False, attention_bias=False, pad_token_id=None, attn_implementation='eager')
+    c = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64, tie_word_embeddings=False,
+             attention_bias=False, pad_token_id=None, attn_implementation='eager')
     if pe == 'rope':                                 # rope_theta: both default to 10000
         theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**c))
     else:
         theirs = hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**c, no_rope_layers=[0, 0], use_sliding_window=False))
-    names = dict(blocks='model.layers', attn='self_attn', attn_norm='input_layernorm', mlp_norm='post_attention_layernorm', embed='model.embed_tokens')
-    state = {'.'.join(names.get(part, part) for part in k.split('.')): v for k, v in ours.state_dict().items() if not k.endswith(('scale', 'slope'))}
+    names = dict(blocks='model.layers', embed='model.embed_tokens', attn='self_attn', attn_norm='input_layernorm',
+                 mlp_norm='post_attention_layernorm')
+    state = {}
+    for k, w in ours.state_dict().items():
+        if not k.endswith(('scale', 'slope')):
+            state['.'.join(names.get(part, part) for part in k.split('.'))] = w
     state['model.norm.weight'] = state.pop('norm.weight')
     theirs.load_state_dict(state)                    # strict: every weight has its counterpart
     idx = tokens(2, 40)
