@@ -45,7 +45,7 @@ def write_data(out, tokenizer, splits, source):
 
 
 def write_documents(f, docs, bos, dtype):
-    """Writes documents one by one to the open file f, with BOS (unless None) in front. Returns the split's part of the meta."""
+    """Writes documents one by one to an open file, each with BOS (unless None). Returns their part of the meta."""
     starts, tokens, n_docs, longest, sha = [], 0, 0, 0, hashlib.sha256()
     head = np.array([] if bos is None else [bos], dtype)
     for ids in docs:
@@ -64,8 +64,8 @@ def write_documents(f, docs, bos, dtype):
 
 class Tokens:
     """
-    A .bin file: its length in tokens, slices of it, and np.asarray of those, which is when they are read. (A memmap would
-    end the program with SIGBUS where the file has become shorter.)
+    A .bin file: its length in tokens, slices of it, and np.asarray of those, which is when they are read. (A memmap
+    would end the program with SIGBUS where the file has become shorter.)
     """
 
     def __init__(self, file, dtype, start, stop, fd=None):
@@ -181,8 +181,13 @@ def by_length(data, meta, split):
     return starts[order], lengths[order]
 
 
-def longer_than(docs, T):
-    """The starts of the documents, out of by_length(), that fill a row of T tokens and hold the target of its last one."""
+def row_starts(data, T, docs=None):
+    """
+    All places where a row of T tokens, and the target of its last one, may begin.
+    docs: None for anywhere in the stream; by_length() for the beginning of a document that is longer than the row.
+    """
+    if docs is None:
+        return range(len(data) - T)
     starts, lengths = docs
     return starts[np.searchsorted(lengths, T, side='right'):]
 
@@ -191,24 +196,21 @@ def get_batch(data, bos, rows, T, seed, step, rank=0, world=1, docs=None):
     """
     The batch of one step, a pure function of (seed, step): `rows` windows drawn for all ranks together, of which this
     rank gets its own. Any number of ranks sees the same global batch, and resuming needs no state.
-    Returns idx, targets, int64, (rows / world, T) each; every row begins with `bos` (see anchor).
-    docs: None cuts windows anywhere out of the stream; with by_length() a row begins with a document longer than itself.
+    Returns idx, targets, int64, (rows / world, T) each; every row begins with `bos` (see anchor), or, with docs (see
+    row_starts), with the BOS of its document.
     """
-    rng = np.random.default_rng((seed, step))
-    if docs is None:
-        starts = rng.integers(len(data) - T, size=rows)
-    else:
-        fitting = longer_than(docs, T)
-        starts = fitting[rng.integers(len(fitting), size=rows)]
-        bos = None                                   # the document has its own
-    own = starts[rank * rows // world:(rank + 1) * rows // world]
-    x = anchor([data[i:i + T + 1] for i in own], bos)
+    places = row_starts(data, T, docs)
+    drawn = np.random.default_rng((seed, step)).integers(len(places), size=rows)
+    own = [places[i] for i in drawn[rank * rows // world:(rank + 1) * rows // world]]
+    if docs is not None:
+        bos = None                                   # it is there already
+    x = anchor([data[start:start + T + 1] for start in own], bos)
     return x[:, :-1], x[:, 1:]
 
 
 def anchor(windows, bos):
     """
-    Windows of equal length cut out of a stream -> int64 (B, T), the first token of each replaced by `bos` (unless None).
+    Windows of equal length cut out of a stream -> int64 (B, T), with `bos` (unless None) over the first token of each.
     NoPE can read positions off the attention that this one known token still gets (Kazemnejad et al. 2023, theorem 1).
     """
     x = torch.from_numpy(np.stack(windows).astype(np.int64))
