@@ -3,395 +3,411 @@ Trains a language model from scratch, or goes on from a checkpoint at another le
 
 CPU, minutes:    python train.py --preset tiny --pe nope --data data/passkey --out out/nope
 one GPU:         python train.py --preset small --pe nope --data data/books --out out/small
-one node:        torchrun --standalone --nproc_per_node=8 train.py --preset tinyllama --data data/corpus --out out/tinyllama
-two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset tinyllama --data data/corpus --out out/tinyllama
+one node:        torchrun --standalone --nproc_per_node=8 train.py --preset tinyllama --data data/corpus --out out/paper
+two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+                     train.py --preset tinyllama --data data/corpus --out out/paper
 after a stop:    the same command with --resume (and with --resume always given: starts if there is nothing to resume)
-by itself:       torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py --resume --preset tinyllama --data data/corpus --out out/tinyllama
+by itself:       torchrun --standalone --nproc_per_node=8 --max-restarts=3 \
+                     train.py --resume --preset tinyllama --data data/corpus --out out/paper
 DroPE:           python train.py --init_from out/rope --pe nope --steps 300 --data data/passkey --out out/drope
 longer context:  python train.py --init_from out/rope --length 1024 --steps 200 --data data/passkey --out out/rope-1024
 
-Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON object a line. SIGTERM and Ctrl-C save and
-exit (143, 130). The batch of a step depends on (seed, step) only, so any number of processes trains on the same data.
+Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON object a line. SIGTERM and Ctrl-C save
+and exit (143, 130). The batch of a step depends on (seed, step) only: any number of processes trains on the same data.
 """
 import argparse
-import json
 import math
-import os
-import resource
 import signal
 import sys
-import time
 from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from data import io
+from data.checkpoint import (check_fits, find_checkpoint, load_checkpoint, load_model, lock, padded, preflight,
+                             save_checkpoint)
+from data.log import Log
+from data.runtime import (accumulating, check_fused, choose_dtype, compiled, fail, finish, listen, lr_factor, memory,
+                          natural, natural_float, parallel, parser, positive_float, positive_int, setup)
+from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, random_vocab, row_starts
 from model import ENCODINGS, GPT, PRESETS, GPTConfig
 
 # what each preset trains with unless a flag says otherwise
 RECIPES = dict(
     # chosen by trying on the passkey corpus, see results/README.md
-    tiny=dict(steps=2400, batch_tokens=4096, eval_tokens=2**14, min_length=64, micro_batch=16, optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
+    tiny=dict(steps=2400, batch_tokens=4096, eval_tokens=2**14, min_length=64, micro_batch=16, rows='anywhere',
+              optimizer='muon', lr=3e-3, muon_lr=1e-2, warmup=100),
     # GPT-2 small's usual lr; one GPU
-    small=dict(steps=8000, batch_tokens=131072, micro_batch=32, optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
+    small=dict(steps=8000, batch_tokens=131072, eval_tokens=2**16, micro_batch=32, rows='anywhere',
+               optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
-    tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, micro_batch=8, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
+    tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, eval_tokens=2**16, micro_batch=8,
+                   rows='anywhere', optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
 )
 
 
-def get_args():
-    p = io.parser(__doc__)
+def parse_args(argv=None):
+    """The flags as they were given; None for those that resolve() finds a value for."""
+    p = parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # files
-    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random, random:VOCAB: a benchmark (vocabulary 32000), which saves no checkpoint')
+    p.add_argument('--data', required=True, help='folder with train.bin, val.bin, meta.json; or random, random:VOCAB: '
+                   'a benchmark (vocabulary 32000), which saves no checkpoint')
     p.add_argument('--out', required=True, help='folder of this run')
     p.add_argument('--resume', action=yes_no, default=False, help='go on from OUT/ckpt.pt if there is one')
-    p.add_argument('--init_from', metavar='CKPT', help='start from the weights of this checkpoint; its shape and block_size stay')
+    p.add_argument('--init_from', metavar='CKPT', help='start from these weights; their shape and block_size stay')
     # model: a preset, and fields of GPTConfig that differ from it
-    p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny; with --init_from, the checkpoint\'s)')
+    p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny, or the checkpoint\'s)')
     p.add_argument('--pe', choices=ENCODINGS, help='position encoding (default nope)')
     p.add_argument('--qk_norm', action=yes_no, help='normalise q and k in each head')
+    p.add_argument('--qk_gain', action=yes_no, help='learn a factor on the scores of each head')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
-        p.add_argument(f'--{name}', type=int, help='default: the preset\'s')
+        p.add_argument(f'--{name}', type=positive_int, help='default: the preset\'s')
     # batch
-    p.add_argument('--length', type=int, help='tokens a row (default block_size); another length for fine-tuning')
-    p.add_argument('--min_length', type=int, help='each step draws its row length: length, length/2, ... down to this (default: length)')
-    p.add_argument('--batch_tokens', type=int, help='tokens a step, over all processes')
-    p.add_argument('--micro_batch', type=int, help='rows in one forward pass of one process; the rest is accumulation')
+    p.add_argument('--length', type=positive_int, help='tokens a row (default block_size); another to fine-tune at')
+    p.add_argument('--min_length', type=positive_int, help='each step draws length, length/2, ... down to this')
+    p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: with a document that is longer '
+                   'than they are, or anywhere')
+    p.add_argument('--batch_tokens', type=positive_int, help='tokens a step, over all processes')
+    p.add_argument('--micro_batch', type=positive_int, help='rows in a forward pass; the rest is accumulation')
     # optimisation; TinyLlama's values unless the recipe says otherwise
-    p.add_argument('--steps', type=int, help='updates')
-    p.add_argument('--decay_steps', type=int, help='updates until the cosine ends (default: steps)')
-    p.add_argument('--warmup', type=int, help='updates of linear warm-up')
-    p.add_argument('--optimizer', choices=('adamw', 'muon'), help='muon: torch.optim.Muon for the matrices of the blocks, AdamW for the rest')
-    p.add_argument('--lr', type=float, help='AdamW learning rate; the cosine ends at a tenth of it')
-    p.add_argument('--muon_lr', type=float, help='Muon learning rate, matched to AdamW\'s update size')
-    p.add_argument('--weight_decay', type=float, default=0.1, help='on matrices, not on vectors (TinyLlama 0.1)')
-    p.add_argument('--grad_clip', type=float, default=1.0, help='largest gradient norm (TinyLlama 1.0)')
+    p.add_argument('--steps', type=positive_int, help='updates')
+    p.add_argument('--decay_steps', type=positive_int, help='updates until the cosine ends (default: steps)')
+    p.add_argument('--warmup', type=natural, help='updates of linear warm-up')
+    p.add_argument('--optimizer', choices=('adamw', 'muon'), help='muon: for the blocks\' matrices, AdamW for the rest')
+    p.add_argument('--lr', type=positive_float, help='AdamW learning rate; the cosine ends at a tenth of it')
+    p.add_argument('--muon_lr', type=positive_float, help='Muon learning rate, matched to AdamW\'s update size')
+    p.add_argument('--weight_decay', type=natural_float, default=0.1, help='on matrices, not on vectors')
+    p.add_argument('--grad_clip', type=positive_float, default=1.0, help='largest gradient norm')
     # evaluation and logging
-    p.add_argument('--eval_every', type=int, default=250, help='updates between validation losses and saves')
-    p.add_argument('--eval_tokens', type=int, default=2**16, help='validation tokens, the same every time')
-    p.add_argument('--log_every', type=int, default=10)
+    p.add_argument('--eval_every', type=positive_int, default=250, help='updates between validation losses and saves')
+    p.add_argument('--eval_tokens', type=positive_int, help='validation tokens, the same every time')
+    p.add_argument('--log_every', type=positive_int, default=10)
     # machine
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 where the hardware multiplies in it')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 on a GPU that has it; '
+                   'on a CPU the faster one, as measured')
     p.add_argument('--compile', action=yes_no, help='torch.compile (default: on GPU only)')
-    p.add_argument('--activation_checkpointing', action=yes_no, default=False, help='a third more arithmetic for much less memory')
-    p.add_argument('--timeout', type=float, default=600, help='seconds that a process waits for the others before the job ends')
-    args = p.parse_args()
-
-    given = args.given = sorted(k for k, v in vars(args).items() if v is not None)
-    if args.preset is None:
-        source = args.out if args.resume and io.find_checkpoint(args.out) else args.init_from
-        args.preset = io.load_checkpoint(source)['args']['preset'] if source else 'tiny'
-    for name, value in RECIPES[args.preset].items():
-        if name not in given and not (name in ('min_length', 'decay_steps') and args.init_from):
-            setattr(args, name, value)
-    if args.decay_steps is None:
-        args.decay_steps = args.steps
-    for name in ('steps', 'decay_steps', 'batch_tokens', 'micro_batch', 'eval_every', 'eval_tokens', 'log_every'):
-        if getattr(args, name) < 1:
-            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
-    for name in ('length', 'min_length'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            io.fail(f'--{name} {getattr(args, name)} must be at least 1')
-    for name in ('lr', 'muon_lr', 'grad_clip', 'timeout'):
-        if not 0 < getattr(args, name) < math.inf:
-            io.fail(f'--{name} {getattr(args, name)} must be a positive number')
-    if not 0 <= args.weight_decay < math.inf:
-        io.fail(f'--weight_decay {args.weight_decay} must not be negative')
-    if args.warmup < 0 or args.warmup > args.steps:
-        if 'warmup' in given:
-            io.fail(f'--warmup {args.warmup} must lie between 0 and --steps {args.steps}')
-        args.warmup = args.steps // 10
-    return args
+    p.add_argument('--activation_checkpointing', action=yes_no, default=False, help='more arithmetic, much less memory')
+    p.add_argument('--timeout', type=positive_float, default=600, help='seconds that a process waits for the others')
+    return p.parse_args(argv)
 
 
-def make_optimizers(model, args):
-    """AdamW (beta 0.9, 0.95), decay on matrices only; with --optimizer muon the matrices of the blocks go to Muon."""
-    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon = [p for n, p in params if args.optimizer == 'muon' and p.dim() == 2 and n.startswith('blocks.')]
-    rest = [p for _, p in params if not any(p is m for m in muon)]
-    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=args.weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
-    opts = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        opts.append(torch.optim.Muon(muon, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn='match_rms_adamw'))
-    return opts
+def main(argv=None):
+    args = parse_args(argv)
+    env = setup(args, dtype_later=True)
+    data, meta = open_data(args.data, 'train')
+    val_data, val_meta = open_data(args.data, 'val')
+    # lock before reading: a live run may be writing the checkpoint
+    preflight(args.out, 0)
+    held = lock(args.out) if env.master else None    # noqa: F841 (as long as this process lives)
+    env.barrier()
 
+    # what this run starts from, and what its flags come to
+    resumed, parent = open_checkpoints(args)
+    raw = build_model(args, resumed, parent, meta, env)              # saving and evaluation go through the bare module
+    run = resolve(args, raw.config, resumed, parent, meta, env)
+    check_fits(raw.config, meta, run.data, [run.length], parent and parent['tokenizer'])
+    docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
+    val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
+    env.print(describe_rows(run.rows, run.rows_why, data, run.length, docs))
+    choose_dtype(env, run.dtype, raw.config, run.length, training=True)
+    run.dtype = env.dtype                            # a resumed run stays with it
+    check_machine(run, raw, resumed, meta, env)
+    raw.activation_checkpointing = run.activation_checkpointing
+    raw.to(env.device)
+    check_fused(raw, run.length, env)
 
-def lr_factor(step, args):
-    """Linear warm-up, then a cosine from 1 to 0.1 that ends at decay_steps."""
-    if step < args.warmup:
-        return (step + 1) / args.warmup
-    t = min(1.0, (step - args.warmup) / max(1, args.decay_steps - args.warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * t))
-
-
-def row_length(step, args):
-    """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
-    halvings = int(math.log2(args.length / args.min_length))
-    return args.length >> int(np.random.default_rng((args.seed, step, 1)).integers(halvings + 1))
-
-
-@torch.no_grad()
-def validate(model, data, bos, args, env):
-    """Mean loss in nats over fixed, evenly spaced windows, shared out to all ranks."""
-    T = args.length
-    n = max(1, min(args.eval_tokens // T, (len(data) - 1) // T))
-    starts = [i * (len(data) - 1 - T) // max(1, n - 1) for i in range(n)][env.rank::env.world]
-    total = torch.zeros(2, dtype=torch.float64, device=env.device)
-    for i in range(0, len(starts), args.micro_batch):
-        x = io.anchor([data[s:s + T + 1] for s in starts[i:i + args.micro_batch]], bos).to(env.device)
-        with env.autocast():
-            loss = model(x[:, :-1], x[:, 1:])[1]
-        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64, device=env.device)
-    if env.world > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU by its data sheet, or None: MFU is then not reported."""
-    name = torch.cuda.get_device_name() if 'cuda' in device else ''
-    known = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, 'B200': 2250e12}
-    return next((f for k, f in known.items() if k in name), None)
-
-
-def main():
-    args = get_args()
-    env = io.setup(args)
-    print0 = env.print
-    data, meta = io.open_data(args.data, 'train')
-    val, _ = io.open_data(args.data, 'val')
-
-    # a run that still lives may be saving: before its checkpoint is read
-    held = None
-    if os.path.isdir(args.out):
-        io.preflight(args.out, 0)
-        held = io.lock(args.out) if env.master else None
-    if env.world > 1:
-        dist.barrier()
-    # model: from scratch, from the weights of another run, or where this run stopped
-    fields = {k: v for k, v in vars(args).items() if k in GPTConfig.__dataclass_fields__ and v is not None}
-    ckpt = trained_with = None
-    if io.find_checkpoint(args.out):
-        if not args.resume:
-            io.fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
-        ckpt = io.load_checkpoint(args.out)
-        model = io.load_model(ckpt)
-        print0(f'resuming {args.out} at step {ckpt["step"]:,}')
-    elif args.init_from:
-        if 'block_size' in fields:
-            io.fail('--block_size is the length that the checkpoint was pre-trained at and stays: give --length')
-        start = io.load_checkpoint(args.init_from)
-        model, trained_with = io.load_model(start, **fields), start['tokenizer']
-        del start                                    # gigabytes
-        print0(f'starting from the weights of {args.init_from}' + (f' with {fields}' if fields else ''))
-    else:
-        try:
-            model = GPT(GPTConfig(**{**PRESETS[args.preset], 'vocab_size': io.padded(meta['vocab_size']), **fields}))
-        except ValueError as e:
-            io.fail(str(e))
-        print0(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
-    config = model.config
-    args.length = args.length or (ckpt['args']['length'] if ckpt else config.block_size)
-    args.min_length = min(args.min_length or args.length, args.length)
-    if ckpt:
-        if ckpt['optimizer'] is None:
-            io.fail(f'{args.out}/ckpt.pt comes from extend.py and has no optimizer to resume: --init_from it, with another --out')
-        for k in ('warmup', 'decay_steps'):          # they may follow from --steps
-            if k not in args.given:
-                setattr(args, k, ckpt['args'][k])
-        # steps may grow, the world and the machine may change; what decides the numbers may not
-        differs = [f'--{k} {v} (was {ckpt["config"][k]})' for k, v in fields.items() if ckpt['config'][k] != v]
-        differs += [f'--{k} {getattr(args, k)} (was {ckpt["args"][k]})' for k in ('preset', 'seed', 'length', 'min_length', 'batch_tokens', 'optimizer', 'lr',
-                    'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'decay_steps', 'init_from') if ckpt['args'][k] != getattr(args, k)]
-        if ckpt['fingerprint'] != meta['train']['sha256']:
-            differs.append(f'--data {args.data} (other tokens than before)')
-        if differs:
-            io.fail(f'cannot resume {args.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
-    io.check_fits(config, meta, args.data, [args.length], trained_with)
-    for name, tokens in (('train', data), ('val', val)):
-        if len(tokens) < args.length + 1:
-            io.fail(f'{args.data}/{name}.bin has {len(tokens):,} tokens, a row takes {args.length + 1:,}: prepare more text, or lower --length')
-
-    # the batch: tokens a step -> rows -> ranks x accumulation x micro-batch
-    if args.min_length < 1 or args.length % (1 << int(math.log2(args.length / args.min_length))):
-        io.fail(f'--min_length {args.min_length}: --length {args.length} must halve evenly down to it')
-    rows, left = divmod(args.batch_tokens, args.length)
-    args.micro_batch = min(args.micro_batch, max(1, rows // env.world))
-    accum, left2 = divmod(rows, env.world * args.micro_batch)
-    if left or left2 or not accum:
-        io.fail(f'--batch_tokens {args.batch_tokens} must be a multiple of length {args.length} x {env.world} processes x --micro_batch {args.micro_batch}')
-    print0(f'{args.batch_tokens:,} tokens a step = {env.world} processes x {accum} accumulated x {args.micro_batch} rows x {args.length} tokens'
-           + (f'; in some steps more rows, of {args.min_length} tokens up' if args.min_length < args.length else ''))
-
-    if env.world > 1:                                # a folder that only some nodes see would tear the run apart
-        where = [None] * env.world
-        dist.all_gather_object(where, (ckpt and ckpt['step'], meta['train']['sha256']))
-        if len(set(where)) > 1:
-            io.fail(f'the processes do not see the same --out and --data (step, data): {sorted(set(map(str, where)))}: both must be on shared storage')
-    benchmark = io.random_vocab(args.data)           # has nothing to keep but its log
-    io.preflight(args.out, 0 if benchmark else (1 if ckpt else 3) * 12 * sum(p.numel() for p in model.parameters()),
-                 io.memory(model, args.micro_batch * args.length, True, args, env) if env.device == 'cpu' and not ckpt else 0)
-    held = held or (io.lock(args.out) if env.master else None)           # noqa: F841 (kept open as long as we live)
-    model.activation_checkpointing = args.activation_checkpointing
-    raw = model.to(env.device)                       # saving and evaluation go through the bare module
-    io.check_fused(raw, args.length, env)
-    opts = make_optimizers(raw, args)
-    step = tokens_seen = 0
-    if ckpt:
-        for opt in opts:
-            opt.load_state_dict(ckpt['optimizer'].pop(0))
-        step, tokens_seen = ckpt['step'], ckpt['tokens']
-        ckpt['model'] = ckpt['optimizer'] = None     # gigabytes
-    base_lr = [args.lr, args.muon_lr]
+    opts = make_optimizers(raw, run)
     params = [p for p in raw.parameters() if p.requires_grad]
-    model = io.compiled(raw, args, env)
-    flops, peak = raw.flops_per_token(args.length), peak_flops(env.device)
-    print0(f'{config.pe}, {sum(p.numel() for p in raw.parameters()):,} parameters, training length {config.block_size}; {args.optimizer}, '
-           f'compile {"off" if model is raw else "on"}; {flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T)'
-           + (f'; MFU of {peak / 1e12:.0f} TFLOP/s' if peak else '; no MFU: no published peak for this device'))
-
-    # the log: after a kill it may run ahead of the checkpoint
-    log_file = f'{args.out}/log.jsonl'
-    if env.master:
-        kept = []
-        if ckpt and os.path.exists(log_file):
-            for line in open(log_file):
-                try:
-                    row = json.loads(line)
-                except ValueError:                   # a line cut by a kill
-                    continue
-                if row['step'] < step or (row['step'] == step and 'val_loss' not in row):
-                    kept.append(line)
-        with open(f'{log_file}.tmp', 'w') as f:
-            f.writelines(kept)
-        os.replace(f'{log_file}.tmp', log_file)
-
-    def log(row, line):
-        if env.master:
-            try:
-                with open(log_file, 'a') as f:
-                    f.write(json.dumps(row) + '\n')
-            except OSError as e:
-                io.fail(f'{log_file} cannot be written ({e.strerror}): free some space' + f'; the last checkpoint is that of step {saved}, --resume goes on' * (not benchmark))
-            print(line, flush=True)
+    step, saved = 0, -1
+    if resumed:
+        step = saved = resumed['step']
+        for opt, state in zip(opts, resumed['optimizer']):
+            opt.load_state_dict(state)
+    resumed = parent = None                          # gigabytes
+    fast = compiled(raw, run, env)
+    model = parallel(fast, env)
+    log = Log(raw, fast is not raw, run, step, saved, env)
+    stop = listen()
 
     def save():
-        if env.master and not benchmark:
-            io.save_checkpoint(f'{args.out}/ckpt.pt', dict(
-                model={k: v.cpu() for k, v in raw.state_dict().items()}, config=asdict(config), optimizer=[o.state_dict() for o in opts],
-                step=step, tokens=tokens_seen, seed=args.seed, args=vars(args), fingerprint=meta['train']['sha256'],
+        if env.master and not run.benchmark:
+            weights = {name: tensor.cpu() for name, tensor in raw.state_dict().items()}
+            save_checkpoint(f'{run.out}/ckpt.pt', dict(
+                model=weights, config=asdict(raw.config), optimizer=[opt.state_dict() for opt in opts], step=step,
+                tokens=step * run.batch_tokens, seed=run.seed, args=vars(run), fingerprint=meta['train']['sha256'],
                 tokenizer=meta['tokenizer'], extended=None))
-        if env.world > 1:
-            dist.barrier()
-
-    stop = 0                                         # the signal that asked us to stop
-
-    def on_signal(number, _):
-        nonlocal stop
-        stop = number
-        # a launcher and a scheduler may both send SIGTERM; a second Ctrl-C means it
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
+        env.barrier()
 
     def next_batch(step):
-        T = row_length(step, args)
-        x, y = io.get_batch(data, meta['bos'], args.batch_tokens // T, T, args.seed, step, env.rank, env.world)
+        """The micro-batches of this process: [(idx, targets)], each (rows, T) on the device."""
+        T = row_length(step, run)
+        x, y = get_batch(data, meta['bos'], run.batch_tokens // T, T, run.seed, step, env.rank, env.world, docs)
         if 'cuda' in env.device:
-            x, y = (t.contiguous().pin_memory().to(env.device, non_blocking=True) for t in (x, y))
-        return x.split(args.micro_batch * args.length // T), y.split(args.micro_batch * args.length // T)
+            x = x.contiguous().pin_memory().to(env.device, non_blocking=True)
+            y = y.contiguous().pin_memory().to(env.device, non_blocking=True)
+        rows = run.micro_batch * run.length // T     # shorter rows, more of them
+        return list(zip(x.split(rows), y.split(rows)))
 
-    def stopping():
-        """The signal that any rank has heard, the same answer on every rank."""
-        if env.world == 1:
-            return stop
-        heard = torch.tensor(stop, device=env.device)
-        dist.all_reduce(heard, dist.ReduceOp.MAX)
-        return heard.item()
-
-    def save_and_leave(number):
-        save()
-        print0(f'{signal.Signals(number).name}: ' + (f'stopped at step {step:,}' if benchmark else f'saved at step {step:,}; the same command with --resume goes on'), flush=True)
-        io.finish(128 + number)
-        sys.exit(128 + number)
-
-    x, y = next_batch(step)
-    started, clock, clock_step, times = time.time(), time.time(), step, []
-    saved = step if ckpt else -1
+    batch = next_batch(step)
     while True:
-        # save first, then evaluate: a failing evaluation must not cost the run
-        if (step % args.eval_every == 0 or step == args.steps) and step != saved:
-            save()
-            saved = step
-        if step % args.eval_every == 0 or step == args.steps:
-            val_loss = validate(raw, val, meta['bos'], args, env)
-            log(dict(step=step, tokens=tokens_seen, val_loss=val_loss), f'step {step:,}/{args.steps:,} | val loss {val_loss:.4f}')
-            clock, clock_step = time.time(), step
-        if step >= args.steps:
+        # save before evaluating: an evaluation that fails must not cost the run
+        if step % run.eval_every == 0 or step == run.steps:
+            if step != saved:
+                save()
+                saved = step
+            log.validation(step, validate(raw, val_data, meta['bos'], run, env, val_docs), saved)
+        if step == run.steps:
             break
 
-        began, factor = time.time(), lr_factor(step, args)
-        for opt, base in zip(opts, base_lr):
+        log.begin_step()
+        factor = lr_factor(step, run.warmup, run.decay_steps)
+        for opt, lr in zip(opts, (run.lr, run.muon_lr)):
             for group in opt.param_groups:
-                group['lr'] = base * factor
+                group['lr'] = lr * factor
+
         loss_sum = torch.zeros((), device=env.device)
-        for micro in range(accum):
-            # a long step must not outlive the launcher's patience: asked eight times a step; what was accumulated is made again
-            if micro and micro % max(1, accum // 8) == 0 and (number := stopping()):
-                save_and_leave(number)
-            with env.autocast():
-                loss = model(x[micro], y[micro])[1] / accum
-            (loss / env.world).backward()
+        for i, (x, y) in enumerate(batch):
+            if i > 0 and stop.signal and env.world == 1:
+                leave(stop.signal, save, step, run, env)             # --resume makes the unfinished step again
+            with accumulating(model, i == len(batch) - 1):
+                with env.autocast():
+                    loss = model(x, y)[1] / len(batch)
+                loss.backward()
             loss_sum += loss.detach()
-        grads = [p.grad for p in params]
-        own = norm = torch.nn.utils.get_total_norm(grads)
-        if env.world > 1:                            # data-parallel: the gradients meet once a step
-            for g in grads:
-                dist.all_reduce(g)
-            norm = torch.nn.utils.get_total_norm(grads)
-        torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
-        x, y = next_batch(step + 1)                  # while the GPU works
-        # what every rank must know before the update: each one's loss, its own gradient norm, that of all, and its wish to stop
-        status = torch.stack((loss_sum, own, norm, torch.tensor(float(stop), device=env.device)))
-        ranks = [torch.empty_like(status) for _ in range(env.world)] if env.world > 1 else [status]
-        if env.world > 1:
-            dist.all_gather(ranks, status)
-        ranks = torch.stack(ranks).cpu()             # (world, 4)
-        if not ranks[:, :3].isfinite().all():
-            rank, column = (~ranks[:, :3].isfinite()).T.nonzero()[0].flip(0).tolist()        # a loss before a gradient
-            print0(f'error: step {step + 1}: {"loss" if column == 0 else "gradient"} is not finite on rank {rank} (batch of seed {args.seed}, step {step});'
-                   ' no weight was changed' + f', the last good checkpoint is {args.out}/ckpt.pt at step {saved}' * (not benchmark) + ': lower --lr, or look at that batch', file=sys.stderr, flush=True)
-            io.finish(1)
-            sys.exit(1)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        batch = next_batch(step + 1)                 # while the GPU works
+
+        # every process learns each one's loss and wish to stop before the update, so that all decide alike
+        status = torch.zeros(env.world, 3, device=env.device)
+        status[env.rank] = torch.stack((loss_sum, norm, torch.tensor(float(stop.signal), device=env.device)))
+        losses, norms, signals = env.sum(status).cpu().T
+        check_finite(losses, norms, step, saved, run, env)
+        torch.nn.utils.clip_grads_with_norm_(params, run.grad_clip, norm)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        step, tokens_seen = step + 1, tokens_seen + args.batch_tokens
-        times.append(1000 * (time.time() - began))   # every step has waited for the GPU, for its status
+        step += 1
+        log.end_step()                               # the losses have waited for the GPU
 
-        if step % args.log_every == 0 or step == args.steps:
-            loss_mean, now = ranks[:, 0].mean().item(), time.time()
-            speed = (step - clock_step) * args.batch_tokens / (now - clock)
-            mfu = speed * flops / (peak * env.world) if peak else None
-            mem = (torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-            left = (args.steps - step) * args.batch_tokens / speed
-            log(dict(step=step, tokens=tokens_seen, loss=loss_mean, lr=args.lr * factor, grad_norm=norm.item(), tok_s=speed, mfu=mfu, mem_gb=mem),
-                f'step {step:,}/{args.steps:,} | loss {loss_mean:.4f} | lr {args.lr * factor:.2e} | norm {norm.item():.2f} | {speed:,.0f} tok/s'
-                + (f' | mfu {mfu:.1%}' if mfu else '') + f' | {mem:.2f} GB | {left / 60:.1f} min left')
-            clock, clock_step = now, step
-        if ranks[:, 3].any():
-            save_and_leave(int(ranks[:, 3].max()))
-    if times:
-        low, median, high = np.percentile(times, (5, 50, 95))
-        print0(f'a step: {median:,.1f} ms in the median, 5 to 95 %: {low:,.1f} to {high:,.1f}, the longest {max(times):,.1f}')
-    print0(f'done: {tokens_seen:,} tokens, {time.time() - started:.0f} s, {args.out}/{"log.jsonl" if benchmark else "ckpt.pt"}')
-    io.finish()
+        if step % run.log_every == 0 or step == run.steps:
+            log.training(step, losses.mean().item(), run.lr * factor, norm.item(), saved)
+        if signals.any():
+            leave(int(signals.max()), save, step, run, env)
+    log.summary(step)
+    finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from flags to a run
+
+def open_checkpoints(args):
+    """-> (the checkpoint that this run resumes, the one of --init_from); None for each that there is not."""
+    if find_checkpoint(args.out):
+        if not args.resume:
+            fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
+        resumed = load_checkpoint(args.out)
+        if resumed['optimizer'] is None:
+            fail(f'{args.out}/ckpt.pt comes from extend.py and has no optimizer to resume: --init_from it, '
+                 'with another --out')
+        return resumed, None
+    if args.init_from is None:
+        return None, None
+    if args.block_size:
+        fail('--block_size is the length that the checkpoint was pre-trained at and stays: give --length')
+    parent = load_checkpoint(args.init_from)
+    parent['optimizer'] = None                       # gigabytes
+    return None, parent
+
+
+def given_fields(args):
+    """The fields of GPTConfig that flags name."""
+    flags = vars(args)
+    return {name: flags[name] for name in GPTConfig.__dataclass_fields__ if flags.get(name) is not None}
+
+
+def build_model(args, resumed, parent, meta, env):
+    """The network, on the CPU: as this run left it, with the weights of another run, or new."""
+    fields = given_fields(args)
+    if resumed:
+        env.print(f'resuming {args.out} at step {resumed["step"]:,}')
+        return load_model(resumed)
+    if parent:
+        changes = f' with {fields}' if fields else ''
+        env.print(f'starting from the weights of {args.init_from}{changes}')
+        return load_model(parent, **fields)
+    env.print(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
+    shape = dict(PRESETS[args.preset or 'tiny'], vocab_size=padded(meta['vocab_size']))
+    shape.update(fields)
+    try:
+        return GPT(GPTConfig(**shape))
+    except ValueError as e:
+        fail(str(e))
+
+
+def resolve(args, config, resumed, parent, meta, env):
+    """
+    What the run uses: each flag as given, else as the run began, else as in the recipe of its preset. What depends on
+    two flags is checked here.
+    """
+    run = argparse.Namespace(**vars(args))
+    source = resumed or parent
+    if run.preset is None:
+        run.preset = source['args']['preset'] if source else 'tiny'
+    run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
+    defaults = dict(RECIPES[run.preset], length=config.block_size)
+    run.rows_why = 'as asked' if args.rows else f'the recipe of {run.preset}'
+    if args.init_from:                               # these belong to training from scratch
+        defaults.pop('min_length', None)
+        defaults.pop('decay_steps', None)
+    if resumed:
+        began = dict(dict(rows='anywhere'), **resumed['args'])
+        for name in ('length', 'rows', 'warmup', 'decay_steps'):
+            defaults[name] = began[name]
+        run.rows_why = 'as this run began'
+        if run.dtype == 'auto':
+            run.dtype = began['dtype']
+    for name, value in defaults.items():
+        if getattr(run, name) is None:
+            setattr(run, name, value)
+    if run.decay_steps is None:
+        run.decay_steps = run.steps
+    if run.warmup > run.steps:
+        if args.warmup is not None:
+            fail(f'--warmup {run.warmup} must lie between 0 and --steps {run.steps}')
+        if not resumed:
+            run.warmup = run.steps // 10
+    run.min_length = min(run.min_length or run.length, run.length)
+    if resumed:
+        check_resume(run, given_fields(args), resumed, meta)
+
+    # the batch: tokens a step -> rows -> processes x accumulation x micro-batch
+    if run.length % 2 ** halvings(run):
+        fail(f'--min_length {run.min_length}: --length {run.length} must halve evenly down to it')
+    rows = run.batch_tokens // run.length
+    run.micro_batch = min(run.micro_batch, max(1, rows // env.world))
+    accumulated = rows // (env.world * run.micro_batch)
+    if accumulated == 0 or run.batch_tokens != accumulated * env.world * run.micro_batch * run.length:
+        fail(f'--batch_tokens {run.batch_tokens} must be a multiple of length {run.length} x {env.world} processes '
+             f'x --micro_batch {run.micro_batch}')
+    shorter = f'; in some steps more rows, of {run.min_length} tokens up' if run.min_length < run.length else ''
+    env.print(f'{run.batch_tokens:,} tokens a step = {env.world} processes x {accumulated} accumulated '
+              f'x {run.micro_batch} rows x {run.length} tokens{shorter}')
+    return run
+
+
+def check_resume(run, fields, resumed, meta):
+    """Steps may grow, and machine and number of processes may change; what decides the numbers may not."""
+    began = dict(dict(rows='anywhere'), **resumed['args'])
+    began.update(resumed['config'])
+    now = dict(vars(run), **fields)
+    differs = []
+    for name in (*fields, 'preset', 'seed', 'length', 'min_length', 'rows', 'batch_tokens', 'optimizer', 'lr',
+                 'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'decay_steps', 'init_from'):
+        if now[name] != began[name]:
+            differs.append(f'--{name} {now[name]} (was {began[name]})')
+    if resumed['fingerprint'] != meta['train']['sha256']:
+        differs.append(f'--data {run.data} (other tokens than before)')
+    if differs:
+        fail(f'cannot resume {run.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
+
+
+def check_machine(run, model, resumed, meta, env):
+    """Ends the program where processes see other files, or the disk or the memory has too little room."""
+    step = resumed['step'] if resumed else None
+    seen = sorted(set(map(str, env.gather((step, meta['train']['sha256'])))))
+    if len(seen) > 1:
+        fail(f'the processes do not see the same --out and --data (step, data): {seen}: both must be on shared storage')
+    # the checkpoint, the one before and the one being written, each fp32 weights and two moments
+    space = 3 * 12 * sum(p.numel() for p in model.parameters())
+    if run.benchmark:
+        space = 0
+    elif resumed:                                    # two are there already
+        space //= 3
+    need = 0
+    if env.device == 'cpu' and not resumed:
+        need = memory(model, run.micro_batch * run.length, True, run, env)
+    preflight(run.out, space, need)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parts of the loop
+
+def make_optimizers(model, run):
+    """AdamW (beta 0.9, 0.95), decay on matrices only; with --optimizer muon the matrices of the blocks go to Muon."""
+    matrices, vectors, muon = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:                      # temperatures are for extend.py
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif run.optimizer == 'muon' and name.startswith('blocks.'):
+            muon.append(p)
+        else:
+            matrices.append(p)
+    groups = [dict(params=matrices, weight_decay=run.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    opts = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        opts.append(torch.optim.Muon(muon, lr=run.muon_lr, weight_decay=run.weight_decay,
+                                     adjust_lr_fn='match_rms_adamw'))
+    return opts
+
+
+def halvings(run):
+    """How often a row of run.length tokens can be halved before it is shorter than min_length."""
+    return int(math.log2(run.length / run.min_length))
+
+
+def row_length(step, run):
+    """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
+    rng = np.random.default_rng((run.seed, step, 1))
+    return run.length >> int(rng.integers(halvings(run) + 1))
+
+
+@torch.no_grad()
+def validate(model, data, bos, run, env, docs=None):
+    """Mean loss in nats over fixed, evenly spaced rows, shared out to all processes."""
+    T = run.length
+    places, n = row_starts(data, T), (len(data) - 1) // T
+    if docs is not None:
+        places = np.sort(row_starts(data, T, docs))
+        n, bos = len(places), None                   # a document has its own BOS
+    n = max(1, min(run.eval_tokens // T, n))
+    starts = [places[i * (len(places) - 1) // max(1, n - 1)] for i in range(n)]
+    own = starts[env.rank::env.world]
+    total = torch.zeros(2, dtype=torch.float64)      # of loss, of rows
+    for i in range(0, len(own), run.micro_batch):
+        x = anchor([data[start:start + T + 1] for start in own[i:i + run.micro_batch]], bos).to(env.device)
+        with env.autocast():
+            loss = model(x[:, :-1], x[:, 1:])[1]
+        total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+    total = env.sum(total)
+    return (total[0] / total[1]).item()
+
+
+def check_finite(losses, norms, step, saved, run, env):
+    """losses, norms (world,): each process's loss, and the norm of the gradient, which they share."""
+    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+    if not bad and norms.isfinite().all():
+        return
+    what = f'loss is not finite on rank {bad[0]}' if bad else 'gradient is not finite'
+    good = '' if run.benchmark else f', the last good checkpoint is {run.out}/ckpt.pt at step {saved}'
+    env.print(f'error: step {step + 1}: {what} (batch of seed {run.seed}, step {step}); no weight was changed{good}: '
+              'lower --lr, or look at that batch', file=sys.stderr, flush=True)
+    finish(1)
+    sys.exit(1)
+
+
+def leave(number, save, step, run, env):
+    """Saves, and ends with the exit code of the signal `number`."""
+    save()
+    done = 'stopped at' if run.benchmark else 'saved at'
+    hint = '' if run.benchmark else '; the same command with --resume goes on'
+    env.print(f'{signal.Signals(number).name}: {done} step {step:,}{hint}', flush=True)
+    finish(128 + number)
+    sys.exit(128 + number)
 
 
 if __name__ == '__main__':

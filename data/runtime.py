@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -17,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
 
@@ -377,6 +379,39 @@ def memory(model, tokens, trained, args, env):
     if trained:
         each = 12 if args.optimizer == 'adamw' else 8
     return each * sum(p.numel() for p in model.parameters()) + size * tokens * blocks
+
+
+def parallel(model, env):
+    """For several processes: the weights of the first one in all, and gradients that are averaged over them."""
+    if env.world == 1:
+        return model
+    # else torch.compile cuts its graph at DDP's buckets, and cannot where the loss is computed in checkpointed chunks
+    torch._dynamo.config.optimize_ddp = False
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def accumulating(model, last):
+    """The context of one micro-batch: with several processes, gradients meet in the `last` one of a step only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# while a run lasts
+
+def listen():
+    """From now on SIGTERM and SIGINT do not end the program. -> an object whose `signal` is the one that came, or 0."""
+    heard = argparse.Namespace(signal=0)
+
+    def on_signal(number, _):
+        heard.signal = number
+        # a launcher and a scheduler may both send SIGTERM; a second Ctrl-C means it
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return heard
 
 
 def lr_factor(step, warmup, decay_steps):

@@ -192,6 +192,33 @@ def row_starts(data, T, docs=None):
     return starts[np.searchsorted(lengths, T, side='right'):]
 
 
+def open_rows(rows, data, meta, split, T, path):
+    """
+    --rows documents or anywhere -> the `docs` of row_starts(). Ends the program where the split, of the folder `path`,
+    has no place for a row of T tokens.
+    """
+    file = f'{path}/{split}.bin'
+    if rows == 'anywhere':
+        if len(data) < T + 1:
+            fail(f'{file} has {len(data):,} tokens, a row takes {T + 1:,}: prepare more text, or lower --length')
+        return None
+    docs = by_length(data, meta, split)
+    starts, lengths = docs
+    if lengths[-1] <= T:
+        fail(f'--rows documents: the longest document of {file} has {lengths[-1]:,} tokens, a row takes {T + 1:,}: '
+             'give --rows anywhere, or lower --length')
+    return docs
+
+
+def describe_rows(rows, why, data, T, docs):
+    """The line that says where rows begin, and why there."""
+    where = 'anywhere in the text, with BOS in place of their first token'
+    if docs is not None:
+        fitting = len(row_starts(data, T, docs))
+        where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) that are longer than {T:,} tokens'
+    return f'rows begin {where} (--rows {rows}, {why})'
+
+
 def get_batch(data, bos, rows, T, seed, step, rank=0, world=1, docs=None):
     """
     The batch of one step, a pure function of (seed, step): `rows` windows drawn for all ranks together, of which this
