@@ -16,7 +16,6 @@ Writes OUT/ckpt.pt (the one before as ckpt.prev.pt) and OUT/log.jsonl, one JSON 
 and exit (143, 130). The batch of a step depends on (seed, step) only: any number of processes trains on the same data.
 """
 import argparse
-import math
 import signal
 import sys
 from dataclasses import asdict
@@ -24,13 +23,13 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from data.checkpoint import (check_fits, find_checkpoint, load_checkpoint, load_model, lock, padded, preflight,
-                             save_checkpoint)
+from data.checkpoint import check_fits, lock, preflight, save_checkpoint
 from data.log import Log
-from data.runtime import (accumulating, check_fused, choose_dtype, compiled, fail, finish, listen, lr_factor, memory,
-                          natural, natural_float, parallel, parser, positive_float, positive_int, setup)
-from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, random_vocab, row_starts
-from model import ENCODINGS, GPT, PRESETS, GPTConfig
+from data.run import build_model, check_machine, check_resume, halvings, open_checkpoints, resolve, split_batch
+from data.runtime import (accumulating, check_fused, choose_dtype, compiled, finish, listen, lr_factor, natural,
+                          natural_float, parallel, parser, positive_float, positive_int, setup)
+from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, spaced_rows
+from model import ENCODINGS, PRESETS
 
 # what each preset trains with unless a flag says otherwise
 RECIPES = dict(
@@ -107,10 +106,13 @@ def main(argv=None):
     # what this run starts from, and what its flags come to
     resumed, parent = open_checkpoints(args)
     raw = build_model(args, resumed, parent, meta, env)              # saving and evaluation go through the bare module
-    run = resolve(args, raw.config, resumed, parent, meta, env)
+    run = resolve(args, RECIPES, raw.config, resumed, parent)
+    if resumed:
+        check_resume(run, args, resumed, meta)
     check_fits(raw.config, meta, run.data, [run.length], parent and parent['tokenizer'])
     docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
+    split_batch(run, env)
     env.print(describe_rows(run.rows, run.rows_why, data, run.length, docs))
     choose_dtype(env, run.dtype, raw.config, run.length, training=True)
     run.dtype = env.dtype                            # a resumed run stays with it
@@ -201,138 +203,6 @@ def main(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from flags to a run
-
-def open_checkpoints(args):
-    """-> (the checkpoint that this run resumes, the one of --init_from); None for each that there is not."""
-    if find_checkpoint(args.out):
-        if not args.resume:
-            fail(f'--out {args.out} already holds a checkpoint: go on with --resume, or choose another folder')
-        resumed = load_checkpoint(args.out)
-        if resumed['optimizer'] is None:
-            fail(f'{args.out}/ckpt.pt comes from extend.py and has no optimizer to resume: --init_from it, '
-                 'with another --out')
-        return resumed, None
-    if args.init_from is None:
-        return None, None
-    if args.block_size:
-        fail('--block_size is the length that the checkpoint was pre-trained at and stays: give --length')
-    parent = load_checkpoint(args.init_from)
-    parent['optimizer'] = None                       # gigabytes
-    return None, parent
-
-
-def given_fields(args):
-    """The fields of GPTConfig that flags name."""
-    flags = vars(args)
-    return {name: flags[name] for name in GPTConfig.__dataclass_fields__ if flags.get(name) is not None}
-
-
-def build_model(args, resumed, parent, meta, env):
-    """The network, on the CPU: as this run left it, with the weights of another run, or new."""
-    fields = given_fields(args)
-    if resumed:
-        env.print(f'resuming {args.out} at step {resumed["step"]:,}')
-        return load_model(resumed)
-    if parent:
-        changes = f' with {fields}' if fields else ''
-        env.print(f'starting from the weights of {args.init_from}{changes}')
-        return load_model(parent, **fields)
-    env.print(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
-    shape = dict(PRESETS[args.preset or 'tiny'], vocab_size=padded(meta['vocab_size']))
-    shape.update(fields)
-    try:
-        return GPT(GPTConfig(**shape))
-    except ValueError as e:
-        fail(str(e))
-
-
-def resolve(args, config, resumed, parent, meta, env):
-    """
-    What the run uses: each flag as given, else as the run began, else as in the recipe of its preset. What depends on
-    two flags is checked here.
-    """
-    run = argparse.Namespace(**vars(args))
-    source = resumed or parent
-    if run.preset is None:
-        run.preset = source['args']['preset'] if source else 'tiny'
-    run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
-    defaults = dict(RECIPES[run.preset], length=config.block_size)
-    run.rows_why = 'as asked' if args.rows else f'the recipe of {run.preset}'
-    if args.init_from:                               # these belong to training from scratch
-        defaults.pop('min_length', None)
-        defaults.pop('decay_steps', None)
-    if resumed:
-        began = dict(dict(rows='anywhere'), **resumed['args'])
-        for name in ('length', 'rows', 'warmup', 'decay_steps'):
-            defaults[name] = began[name]
-        run.rows_why = 'as this run began'
-        if run.dtype == 'auto':
-            run.dtype = began['dtype']
-    for name, value in defaults.items():
-        if getattr(run, name) is None:
-            setattr(run, name, value)
-    if run.decay_steps is None:
-        run.decay_steps = run.steps
-    if run.warmup > run.steps:
-        if args.warmup is not None:
-            fail(f'--warmup {run.warmup} must lie between 0 and --steps {run.steps}')
-        if not resumed:
-            run.warmup = run.steps // 10
-    run.min_length = min(run.min_length or run.length, run.length)
-    if resumed:
-        check_resume(run, given_fields(args), resumed, meta)
-
-    # the batch: tokens a step -> rows -> processes x accumulation x micro-batch
-    if run.length % 2 ** halvings(run):
-        fail(f'--min_length {run.min_length}: --length {run.length} must halve evenly down to it')
-    rows = run.batch_tokens // run.length
-    run.micro_batch = min(run.micro_batch, max(1, rows // env.world))
-    accumulated = rows // (env.world * run.micro_batch)
-    if accumulated == 0 or run.batch_tokens != accumulated * env.world * run.micro_batch * run.length:
-        fail(f'--batch_tokens {run.batch_tokens} must be a multiple of length {run.length} x {env.world} processes '
-             f'x --micro_batch {run.micro_batch}')
-    shorter = f'; in some steps more rows, of {run.min_length} tokens up' if run.min_length < run.length else ''
-    env.print(f'{run.batch_tokens:,} tokens a step = {env.world} processes x {accumulated} accumulated '
-              f'x {run.micro_batch} rows x {run.length} tokens{shorter}')
-    return run
-
-
-def check_resume(run, fields, resumed, meta):
-    """Steps may grow, and machine and number of processes may change; what decides the numbers may not."""
-    began = dict(dict(rows='anywhere'), **resumed['args'])
-    began.update(resumed['config'])
-    now = dict(vars(run), **fields)
-    differs = []
-    for name in (*fields, 'preset', 'seed', 'length', 'min_length', 'rows', 'batch_tokens', 'optimizer', 'lr',
-                 'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'decay_steps', 'init_from'):
-        if now[name] != began[name]:
-            differs.append(f'--{name} {now[name]} (was {began[name]})')
-    if resumed['fingerprint'] != meta['train']['sha256']:
-        differs.append(f'--data {run.data} (other tokens than before)')
-    if differs:
-        fail(f'cannot resume {run.out} with {", ".join(differs)}: give the flags it was started with, or another --out')
-
-
-def check_machine(run, model, resumed, meta, env):
-    """Ends the program where processes see other files, or the disk or the memory has too little room."""
-    step = resumed['step'] if resumed else None
-    seen = sorted(set(map(str, env.gather((step, meta['train']['sha256'])))))
-    if len(seen) > 1:
-        fail(f'the processes do not see the same --out and --data (step, data): {seen}: both must be on shared storage')
-    # the checkpoint, the one before and the one being written, each fp32 weights and two moments
-    space = 3 * 12 * sum(p.numel() for p in model.parameters())
-    if run.benchmark:
-        space = 0
-    elif resumed:                                    # two are there already
-        space //= 3
-    need = 0
-    if env.device == 'cpu' and not resumed:
-        need = memory(model, run.micro_batch * run.length, True, run, env)
-    preflight(run.out, space, need)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the parts of the loop
 
 def make_optimizers(model, run):
@@ -355,11 +225,6 @@ def make_optimizers(model, run):
     return opts
 
 
-def halvings(run):
-    """How often a row of run.length tokens can be halved before it is shorter than min_length."""
-    return int(math.log2(run.length / run.min_length))
-
-
 def row_length(step, run):
     """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
     rng = np.random.default_rng((run.seed, step, 1))
@@ -370,13 +235,9 @@ def row_length(step, run):
 def validate(model, data, bos, run, env, docs=None):
     """Mean loss in nats over fixed, evenly spaced rows, shared out to all processes."""
     T = run.length
-    places, n = row_starts(data, T), (len(data) - 1) // T
+    own = spaced_rows(data, T, run.eval_tokens, docs)[env.rank::env.world]
     if docs is not None:
-        places = np.sort(row_starts(data, T, docs))
-        n, bos = len(places), None                   # a document has its own BOS
-    n = max(1, min(run.eval_tokens // T, n))
-    starts = [places[i * (len(places) - 1) // max(1, n - 1)] for i in range(n)]
-    own = starts[env.rank::env.world]
+        bos = None                                   # a document has its own
     total = torch.zeros(2, dtype=torch.float64)      # of loss, of rows
     for i in range(0, len(own), run.micro_batch):
         x = anchor([data[start:start + T + 1] for start in own[i:i + run.micro_batch]], bos).to(env.device)

@@ -210,6 +210,16 @@ def open_rows(rows, data, meta, split, T, path):
     return docs
 
 
+def spaced_rows(data, T, tokens, docs=None):
+    """Where rows of T tokens for an evaluation begin, evenly spaced, always the same: about `tokens` in all."""
+    places = row_starts(data, T, docs)
+    most = (len(data) - 1) // T                      # rows side by side
+    if docs is not None:
+        places, most = np.sort(places), len(places)  # one of each document
+    n = max(1, min(tokens // T, most))
+    return [places[i * (len(places) - 1) // max(1, n - 1)] for i in range(n)]
+
+
 def describe_rows(rows, why, data, T, docs):
     """The line that says where rows begin, and why there."""
     where = 'anywhere in the text, with BOS in place of their first token'
