@@ -1,41 +1,50 @@
-# make reproduce [SCALE=toy|tiny]   the headline, from nothing: data, training, extension, evaluation, one table
-# make reproduce SCALE=small        real text on one GPU: TEXT=DIR for your own files, or FineWeb-Edu; SCALE=paper: eight GPUs
-# make table                        three seeds with the ablations; skips what results/tiny.csv already has
-# make encodings                    three seeds of every encoding and extension: results/tiny-encodings.csv (about eight hours on 2 cores)
-# make test                         the test suite
-# make figure                       results/tiny*.png from results/tiny.csv and tiny-encodings.csv (installs matplotlib)
-#
-# Each makes .venv by itself. PYTHON=python3 uses an interpreter that has the packages already;
+# Each target makes .venv by itself. PYTHON=python3 uses an interpreter that has the packages already;
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" installs the small CPU build on Linux.
 
 SCALE ?= tiny
 TORCH ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
-.PHONY: reproduce table encodings test figure
+PIP = $(PYTHON) -m pip install -q --disable-pip-version-check
+SWEEP = $(PYTHON) -m results.reproduce
+.PHONY: help reproduce demo table ablations encodings figure test test-all lint
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/ /'
 
 ifeq ($(PYTHON),.venv/bin/python)
 VENV = .venv/installed
 .venv/installed: Makefile
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
-	.venv/bin/python -m pip install -q --disable-pip-version-check numpy tiktoken tqdm pytest
+	.venv/bin/python -m pip install -q --disable-pip-version-check numpy tiktoken tqdm pytest matplotlib ruff
 	touch $@
 endif
 
-reproduce: $(VENV)
-	$(if $(filter small paper,$(SCALE)),$(if $(TEXT),,$(PYTHON) -m pip install -q datasets transformers))
-	$(PYTHON) -m results.reproduce --scale $(SCALE) $(if $(TEXT),--text "$(TEXT)")
+reproduce: $(VENV)  ## the headline from nothing; SCALE=toy: in a minute, small: one GPU (TEXT=DIR: your own text), paper: eight
+	$(if $(filter small paper,$(SCALE)),$(if $(TEXT),,$(PIP) datasets transformers))
+	$(SWEEP) --scale $(SCALE) $(if $(TEXT),--text "$(TEXT)")
 
-table: $(VENV)
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations --dtype fp32 --out out/fp32
+demo: $(VENV)       ## one minute: the models that come with the repository, base and extended
+	$(PYTHON) -m results.demo
 
-encodings: $(VENV)
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --dtype fp32 --out out/fp32
+table: $(VENV)      ## the headline's five seeds in bf16 and fp32: results/headline.csv
+	$(SWEEP) --seeds 1,2,3,4,5 --dtype bf16,fp32 --csv results/headline.csv --plot results/headline.png
 
-figure: $(VENV)
-	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table ablations --dtype fp32 --out out/fp32 --plot results/tiny.png --no_run
-	$(PYTHON) -m results.reproduce --scale tiny --seeds 1,2,3 --table encodings --dtype fp32 --out out/fp32 --plot results/tiny-encodings.png --no_run
+ablations: $(VENV)  ## three seeds of what takes the method apart: results/tiny.csv
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table ablations
 
-test: $(VENV)
+encodings: $(VENV)  ## three seeds of every encoding and extension, hours: results/tiny-encodings.csv
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings
+
+figure: $(VENV)     ## the figures of those tables, results/*.png
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table ablations --plot results/tiny.png --no_run
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings --plot results/tiny-encodings.png --no_run
+
+test: $(VENV)       ## the fast tests
+	$(PYTHON) -m pytest -q -m "not slow" tests
+
+test-all: $(VENV)   ## all tests: also torchrun, compiling, faults, the whole toy sweep
 	$(PYTHON) -m pytest -q tests
+
+lint: $(VENV)       ## ruff, as pyproject.toml sets it
+	$(PYTHON) -m ruff check .

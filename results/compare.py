@@ -1,74 +1,104 @@
 """
-Is one row of a table better than another? Their difference, paired: the same prompts, the same held-out tokens, the same seeds.
+Is one row of a table better than another? Their difference, paired: the same prompts, the same held-out tokens, the
+same seeds.
 
     python -m results.compare "NoPE head-log" "NoPE head"
-    python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3 --out out/fp32
+    python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3
 
-Keys: mean difference in points over the prompts, which are the same for every seed, and its standard error, from the trials that
-make encodings (or --table ablations: make table) left in --out. Marked * where it is two standard errors or more and no seed has the
-other sign: no accident of the prompts, for these models. Another seed is another model, and of those there are few: so the keys, and
-the loss from the csv, are shown by seed too.
+Keys: the mean difference in points over the prompts, which are the same for every seed, and its standard error, from
+the trials that make encodings (or make ablations) left in --out. Marked * where it is two standard errors or more and
+no seed has the other sign: no accident of the prompts, for these models. Another seed is another model, and of those
+there are few: so the keys, and the loss from the csv, are shown by seed too.
 """
 import glob
 import statistics
 
-from data import io
-from results.reproduce import SCALES, TABLES, csv_of, where
+from data.figures import read_csv
+from data.runtime import fail, int_list, parser
+from results.plan import Machine, Plan
+from results.tables import SCALES, TABLES
 
 
-def trials(row, out, seed):
-    """{length: {(depth, trial): 0 or 1}} of a row of reproduce.py."""
-    folder, found = where(out, row.run, seed, row.name), {}
+def trials(plan, row, seed, machine):
+    """{length: {(depth, trial): 0 or 1}} of a row of the sweep."""
+    folder = plan.row_folder(row, seed, machine)
+    found = {}
     for file in glob.glob(f'{folder}/*.passkey.csv'):
-        for r in io.read_csv(file):
-            found.setdefault(int(r['length']), {})[r['depth'], r['trial']] = int(r['accuracy'])
+        for line in read_csv(file):
+            hits = found.setdefault(int(line['length']), {})
+            hits[line['depth'], line['trial']] = int(line['accuracy'])
     if not found:
-        io.fail(f'{folder} has no passkey.csv: measure that row first (make encodings, or make table)')
+        fail(f'{folder} has no passkey.csv: measure that row first (make encodings, or make ablations)')
     return found
 
 
 def difference(pairs):
-    """pairs: a list for each seed of (hit of a, hit of b), the same prompts in each -> (mean of a - b, its standard error over prompts)."""
-    d = [statistics.mean(a - b for a, b in of) for of in zip(*pairs)]
-    return statistics.mean(d), (statistics.stdev(d) if len(d) > 1 else 0) / len(d) ** 0.5
+    """
+    pairs: for each seed a list of (hit of a, hit of b), the same prompts in each -> the mean of a - b, and its standard
+    error over prompts.
+    """
+    means = []
+    for of_prompt in zip(*pairs):
+        means.append(statistics.mean(a - b for a, b in of_prompt))
+    spread = statistics.stdev(means) if len(means) > 1 else 0
+    return statistics.mean(means), spread / len(means) ** 0.5
 
 
-def main():
-    p = io.parser(__doc__)
+def signs(values, form):
+    return ', '.join(format(value, form) for value in values)
+
+
+def parse_args(argv=None):
+    p = parser(__doc__)
     p.add_argument('rows', nargs=2, metavar='ROW', help='names of two rows, as the table prints them')
     p.add_argument('--table', choices=TABLES, default='encodings')
     p.add_argument('--scale', choices=[s for s in SCALES if 'corpora' in SCALES[s]], default='tiny')
-    p.add_argument('--seeds', type=io.int_list, default=[1, 2, 3])
-    p.add_argument('--out', default='out/fp32', help='folder of the runs (that of make table and make encodings)')
-    p.add_argument('--csv', help='of the losses (default: results/SCALE-encodings.csv, for ablations results/SCALE.csv, for headline OUT/SCALE/table.csv)')
-    args = p.parse_args()
-    known = {r.name: r for r in TABLES[args.table]}
+    p.add_argument('--seeds', type=int_list, default=[1, 2, 3])
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='fp32', help='of training, as the sweep had it')
+    p.add_argument('--out', default='out', help='folder of the runs')
+    p.add_argument('--csv', help='of the losses (default: where the sweep writes that table)')
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    plan, machine = Plan(args.scale, args.table, args.out), Machine(args.dtype)
+    rows = {row.name: row for row in plan.rows}
     for name in args.rows:
-        if name not in known:
-            io.fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in known))
-    file = args.csv or csv_of(args.table, args.scale, args.out)
-    args.seeds = sorted(set(args.seeds))
-    hits = {s: [trials(known[name], f'{args.out}/{args.scale}', s) for name in args.rows] for s in args.seeds}
-    losses = {(int(d['seed']), d['row'], int(d['length'])): float(d['loss']) for d in io.read_csv(file)}
+        if name not in rows:
+            fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in rows))
+    file = args.csv or plan.csv
+    first, second = args.rows
+    seeds = sorted(set(args.seeds))
+    hits = {seed: [trials(plan, rows[name], seed, machine) for name in args.rows] for seed in seeds}
+    losses = {}
+    for line in read_csv(file):
+        if line.get('dtype', args.dtype) == args.dtype:
+            losses[int(line['seed']), line['row'], int(line['length'])] = float(line['loss'])
     if not losses:
-        io.fail(f'{file} has no rows: make them first (make encodings, or make table), or give --csv')
-    lengths = sorted(set.intersection(*(set(t) for pair in hits.values() for t in pair)))
-    L, signs = SCALES[args.scale]['L'], lambda values, form: ', '.join(format(v, form) for v in values)
-    print(f'{args.rows[0]} less {args.rows[1]}, seeds {",".join(map(str, args.seeds))}\n\n| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')
-    for n in lengths:
+        fail(f'{file} has no rows: make them first (make encodings, or make ablations), or give --csv')
+
+    print(f'{first} less {second}, seeds {",".join(map(str, seeds))}\n')
+    print('| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')
+    measured = [set(trial) for pair in hits.values() for trial in pair]
+    for n in sorted(set.intersection(*measured)):
         pairs = []
-        for s, (a, b) in hits.items():
+        for seed, (a, b) in hits.items():
             if set(a[n]) != set(b[n]):
-                io.fail(f'seed {s}: the two rows were measured on other prompts at {n} tokens: measure them again')
-            pairs.append([(a[n][k], b[n][k]) for k in sorted(a[n])])
+                fail(f'seed {seed}: the two rows were measured on other prompts at {n} tokens: measure them again')
+            pairs.append([(a[n][prompt], b[n][prompt]) for prompt in sorted(a[n])])
             if len(pairs[0]) != len(pairs[-1]):
-                io.fail(f'seeds {args.seeds[0]} and {s} were measured on other prompts at {n} tokens: measure them again')
+                fail(f'seeds {seeds[0]} and {seed} were measured on other prompts at {n} tokens: measure them again')
         mean, error = difference(pairs)
-        loss = [losses[s, args.rows[0], n] - losses[s, args.rows[1], n] for s in args.seeds if all((s, name, n) in losses for name in args.rows)]
-        each = [100 * difference([of])[0] for of in pairs]
-        star = '*' * bool(error and abs(mean) >= 2 * error and min(each) * max(each) >= 0)
-        print(f'| {n / L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(each, "+.0f")} | '
-              + (f'{statistics.mean(loss):+.4f} | {signs(loss, "+.4f")} |' if loss else '| |'))
+        by_seed = [100 * difference([of_seed])[0] for of_seed in pairs]
+        same_sign = min(by_seed) * max(by_seed) >= 0
+        star = '*' if error and abs(mean) >= 2 * error and same_sign else ''
+        loss = []
+        for seed in seeds:
+            if (seed, first, n) in losses and (seed, second, n) in losses:
+                loss.append(losses[seed, first, n] - losses[seed, second, n])
+        shown = f'{statistics.mean(loss):+.4f} | {signs(loss, "+.4f")}' if loss else '|'
+        print(f'| {n / plan.L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(by_seed, "+.0f")} | {shown} |')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,294 @@
+"""
+The plan of a sweep: which commands make each row of a table at a scale, where its files lie, and what to collect.
+"""
+import json
+import os
+import statistics
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from data.checkpoint import load_checkpoint, stem
+from data.figures import read_csv
+from results.stages import Command, Stage, flags
+from results.tables import SCALES, TABLES
+
+TUNED = ('head', 'head-log', 'longrope')
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What rounding depends on: the precision of training that is asked for, and the threads (None: what is free)."""
+    dtype: str
+    threads: int = None
+
+    @property
+    def threads_text(self):
+        return str(self.threads or '')
+
+    @property
+    def suffix(self):
+        """Of a run's folder: nope-1 where the machine decides, nope-1-fp32 or nope-1-fp32-2-threads where it is told."""
+        dtype = '' if self.dtype == 'auto' else f'-{self.dtype}'
+        threads = f'-{self.threads}-threads' if self.threads else ''
+        return dtype + threads
+
+
+class Plan:
+    """A table at a scale."""
+
+    def __init__(self, scale, table='headline', out='out', text=None, tokenizer=None):
+        synthetic = 'corpora' in SCALES[scale]
+        settings = SCALES[scale]
+        if synthetic:
+            settings = TABLES[table] | settings
+        self.scale, self.table, self.out = scale, table, f'{out}/{scale}'
+        self.rows, self.runs, self.L = settings['rows'], settings['runs'], settings['L']
+        self.names = [row.name for row in self.rows]
+        self.lengths = [int(self.L * times) for times in settings['lengths']]
+        self.times = settings['times']
+        self.preset, self.shape = settings['preset'], settings['shape']
+        self.train, self.tune = settings['train'], settings['tune']
+        self.measure, self.passkey = settings['measure'], settings['passkey']
+        self.dtype, self.processes = settings['dtype'], settings['processes']
+        self.about, self.seconds = settings.get('about'), settings.get('seconds')
+        self.csv = f'{self.out}/table.csv' if table == 'headline' else f'results/{scale}.csv'
+        if table == 'encodings':
+            self.csv = f'results/{scale}-encodings.csv'
+        if synthetic:
+            self.measured_on = settings['measured_on']
+            self.corpora = self.synthetic_corpora(settings)
+        else:
+            self.measured_on = 'text' if text else 'pg19'
+            self.corpora = self.text_corpora(settings, text, tokenizer or settings['tokenizer'])
+
+    # ------------------------------------------------------------------------------------------------------------
+    # corpora: {name: (folder, command)}
+
+    def synthetic_corpora(self, settings):
+        used = {self.measured_on}
+        for row in self.rows:
+            used |= {row.corpus} | {self.runs[name].corpus for name in self.chain(row.run)}
+        corpora = {}
+        for name, options in settings['corpora'].items():
+            if name in used:
+                tokens = settings.get('tokens', {}).get(name, options['tokens'])
+                folder = f'{self.out}/{name}'
+                corpora[name] = folder, Command('-m data.passkey.prepare', dict(out=folder) | options | dict(tokens=tokens))
+        return corpora
+
+    def text_corpora(self, settings, text, tokenizer):
+        if text:
+            sources = dict(text=('text', (text,), dict(val=0.05, tokenizer=tokenizer)))
+        else:
+            web = 'slimpajama_starcoder' if self.scale == 'paper' else 'fineweb_edu'
+            sources = dict(text=(web, (), dict(tokens=settings['tokens'], tokenizer=tokenizer)),
+                           pg19=('pg19', (), dict(tokenizer=tokenizer)))
+        corpora = {}
+        for name, (source, before, options) in sources.items():
+            # what a text is, its folder must tell: another text gets another one
+            folder = f'{self.out}/{name}-{zlib.crc32(repr((source, before, options)).encode()):08x}'
+            corpora[name] = folder, Command(f'-m data.{source}.prepare', dict(out=folder) | options, before)
+        return corpora
+
+    def data(self, corpus):
+        return self.corpora[corpus][0]
+
+    def corpora_stages(self):
+        stages = []
+        for name, (folder, command) in self.corpora.items():
+            if not os.path.exists(f'{folder}/meta.json'):
+                seconds = 0
+                if self.seconds:
+                    seconds = self.seconds['begin'] + self.seconds['million'] * command.options['tokens'] / 1e6
+                stages.append(Stage(f'corpus {name}', [command], f'{folder}.txt', seconds=seconds))
+        return stages
+
+    # ------------------------------------------------------------------------------------------------------------
+    # options: what decides the numbers
+
+    def chain(self, name):
+        """A run, after those that it starts from."""
+        start = self.runs[name].start
+        return (self.chain(start) if start else []) + [name]
+
+    def train_options(self, name, machine):
+        run = self.runs[name]
+        fresh = {} if run.start else dict(preset=self.preset) | self.shape
+        return fresh | run.options | self.train | dict(dtype=machine.dtype)
+
+    def extended_length(self, row):
+        return int(self.L * (row.times or self.times))
+
+    def extend_options(self, row):
+        options = dict(method=row.method, length=self.extended_length(row), dtype=self.dtype)
+        return options | self.tune | row.options
+
+    def train_on_options(self, row, machine):
+        length = dict(length=self.extended_length(row))
+        return length | row.train_on | self.train | dict(dtype=machine.dtype)
+
+    def row_lengths(self, row):
+        if self.runs[row.run].options['pe'] == 'learned':            # its table ends
+            return [n for n in self.lengths if n <= self.L]
+        return self.lengths
+
+    def recipe(self, row, machine):
+        """All that a row is made with, as text: a row in the csv is made again where it says something else."""
+        parts = []
+        for name in self.chain(row.run):
+            parts.append((self.train_options(name, machine), self.runs[name].corpus))
+        if row.method:
+            parts.append((self.extend_options(row), row.corpus))
+        if row.train_on:
+            parts.append((self.train_on_options(row, machine), row.corpus))
+        measured = dict(lengths=self.row_lengths(row), dtype=self.dtype) | self.measure | self.passkey
+        parts.append((measured, self.measured_on))
+        return ' | '.join(f'{" ".join(flags(options))} on {self.known_as(corpus)}' for options, corpus in parts)
+
+    def known_as(self, corpus):
+        """A corpus by all that makes it, but for where it lies."""
+        command = self.corpora[corpus][1]
+        options = {name: value for name, value in command.options.items() if name != 'out'}
+        return ' '.join([corpus, *command.before, *flags(options)])
+
+    def is_current(self, line):
+        """Whether a line of the csv stays: it is of another table, or made as it would be now."""
+        rows = [row for row in self.rows if row.name == line['row']]
+        machine = Machine(line['dtype'], int(line['threads'] or 0) or None)
+        return not rows or line['flags'] == self.recipe(rows[0], machine)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # stages
+
+    def share(self, rows, threads):
+        """How many stages run side by side, and the threads of each: GPUs are each needed whole, cores are shared."""
+        cores = os.cpu_count() or 1
+        if self.processes > 1 or torch.cuda.is_available():
+            return 1, threads
+        workers = max(1, min(rows, cores // (threads or 1)))
+        if workers == 1:
+            return 1, threads
+        return workers, threads or cores // workers
+
+    def folder(self, name, seed, machine):
+        """Of a run: out/tiny/nope-1."""
+        return f'{self.out}/{name}-{seed}{machine.suffix}'
+
+    def row_folder(self, row, seed, machine):
+        """Of a row's results: out/tiny/nope-1/nope-head-no-focus for 'NoPE head, no focus'."""
+        return f'{self.folder(row.run, seed, machine)}/{row.name.replace(",", "").replace(" ", "-").lower()}'
+
+    def stages(self, rows, seed, machine):
+        """What makes these rows: their runs, then the rows, those that tune or train first, since they take longest."""
+        rows = sorted(rows, key=lambda row: (not row.train_on, row.method not in TUNED))
+        names = dict.fromkeys(name for row in rows for name in self.chain(row.run))
+        return [self.run_stage(name, seed, machine) for name in names] + \
+               [self.row_stage(row, seed, machine) for row in rows]
+
+    def command(self, script, options):
+        return Command(script, options, processes=self.processes)
+
+    def run_stage(self, name, seed, machine):
+        run, folder = self.runs[name], self.folder(name, seed, machine)
+        options = self.train_options(name, machine)
+        seconds = self.seconds and self.seconds['begin'] + options['steps'] * self.seconds['step']
+        where = dict(data=self.data(run.corpus), seed=seed, resume=True, out=folder)
+        after = None
+        if run.start:
+            after = f'{run.start}, seed {seed}'
+            where['init_from'] = self.folder(run.start, seed, machine)
+        return Stage(f'{name}, seed {seed}', [self.command('train.py', options | where)], f'{folder}.txt', after, seconds or 0)
+
+    def checkpoints(self, row, seed, machine):
+        """{checkpoint: the lengths that it is measured at}."""
+        base, folder = self.folder(row.run, seed, machine), self.row_folder(row, seed, machine)
+        lengths = self.row_lengths(row)
+        if row.method == 'ntk-dynamic':              # the static one, anew for each length
+            ckpts = {base: [n for n in lengths if n <= self.L]}
+            for n in lengths:
+                if n > self.L:
+                    ckpts[f'{folder}/ntk-{n}.pt'] = [n]
+            return ckpts
+        if row.train_on:
+            return {f'{folder}/on': lengths}
+        if row.method:
+            return {f'{folder}/{row.method}-{self.extended_length(row)}.pt': lengths}
+        return {base: lengths}
+
+    def row_stage(self, row, seed, machine):
+        """Extends and measures a row of a seed."""
+        base, folder = self.folder(row.run, seed, machine), self.row_folder(row, seed, machine)
+        commands = []
+
+        def extend(options):
+            where = dict(ckpt=base, data=self.data(row.corpus), out=folder, eval_tokens=0)
+            commands.append(self.command('extend.py', where | options))
+
+        if row.method == 'ntk-dynamic':
+            for n in self.row_lengths(row):
+                if n > self.L:
+                    extend(self.extend_options(row) | dict(method='ntk', length=n))
+        elif row.method:
+            extend(self.extend_options(row))
+        if row.train_on:
+            start = f'{folder}/{row.method}-{self.extended_length(row)}.pt'
+            where = dict(init_from=start, data=self.data(row.corpus), seed=seed, resume=True, out=f'{folder}/on')
+            commands.append(self.command('train.py', where | self.train_on_options(row, machine)))
+        for ckpt, lengths in self.checkpoints(row, seed, machine).items():
+            common = dict(ckpt=ckpt, lengths=lengths, dtype=self.dtype, out=folder)
+            ppl = dict(method='none', data=self.data(self.measured_on)) | self.measure
+            if 'protocol' not in self.measure:       # the same tokens, where not every length is measured
+                ppl['past'] = self.row_lengths_past()
+            commands.append(self.command('extend.py', common | ppl))
+            commands.append(self.command('eval_passkey.py', common | self.passkey))
+        return Stage(f'{row.name}, seed {seed}', commands, f'{folder}.txt', f'{row.run}, seed {seed}',
+                     self.row_seconds(row, len(commands)), row)
+
+    def row_lengths_past(self):
+        return max(self.lengths)
+
+    def row_seconds(self, row, n_commands):
+        if not self.seconds:
+            return 0
+        method = (row.method or '').removesuffix('-log')
+        seconds = n_commands * self.seconds['begin'] + self.seconds['measure'] + self.seconds.get(method, 0)
+        if row.train_on:                             # twice the tokens of a step, four times as long rows
+            seconds += row.train_on['steps'] * 3 * self.seconds['step']
+        return seconds
+
+    # ------------------------------------------------------------------------------------------------------------
+    # collecting
+
+    def collect(self, stage, seed, machine):
+        """Lines of the csv, one a length, from the files that a row's stage has left."""
+        row = stage.row
+        folder = self.row_folder(row, seed, machine)
+        tokens, seconds = self.cost(row, seed, machine)
+        trained_in = load_checkpoint(self.folder(row.run, seed, machine))['args']['dtype']
+        lines = []
+        for ckpt in self.checkpoints(row, seed, machine):
+            kind = 'paper.ppl' if 'protocol' in self.measure else 'ppl'
+            prompts = read_csv(f'{folder}/{stem(ckpt)}.passkey.csv')
+            for ppl in read_csv(f'{folder}/{stem(ckpt)}.{kind}.csv'):
+                hits = [int(prompt['accuracy']) for prompt in prompts if prompt['length'] == ppl['length']]
+                lines.append(dict(
+                    seed=seed, dtype=machine.dtype, threads=machine.threads_text, trained_in=trained_in, row=row.name,
+                    length=ppl['length'], loss=f'{float(ppl["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
+                    prompts=len(hits), tokens=tokens, extended_s=f'{seconds:.0f}', flags=self.recipe(row, machine)))
+        return lines
+
+    def cost(self, row, seed, machine):
+        """What extending a row took: (tokens, seconds)."""
+        if not row.method or row.method == 'ntk-dynamic':
+            return 0, 0
+        folder = self.row_folder(row, seed, machine)
+        extended = load_checkpoint(f'{folder}/{row.method}-{self.extended_length(row)}.pt')['extended']
+        tokens, seconds = extended['tokens'], extended['seconds']
+        if row.train_on:
+            with open(f'{folder}/on/log.jsonl') as f:            # training may have been stopped and resumed in between
+                speeds = [line['tok_s'] for line in map(json.loads, f) if 'tok_s' in line]
+            trained = load_checkpoint(f'{folder}/on')['tokens']
+            tokens, seconds = tokens + trained, seconds + trained / statistics.median(speeds)
+        return tokens, seconds

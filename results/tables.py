@@ -1,0 +1,209 @@
+"""
+What the sweep measures, as data: corpora, training runs, the rows of each table, scales. results/reproduce.py makes
+commands of it.
+
+Options are the flags of a script: dict(steps=600, qk_norm=False) is --steps 600 --no-qk_norm. Where dicts are joined
+with |, the right one wins. Lengths are given as multiples of the training length, by which `times` is meant.
+"""
+from dataclasses import dataclass, field
+
+from model import ENCODINGS
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: options of train.py, the corpus, and the run whose weights it starts from (None: from scratch)."""
+    options: dict
+    corpus: str = 'passkey'
+    start: str = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A row of a table: a run, extended by a method of extend.py with these options (None: the run as it is) on a corpus,
+    at `times` the training length (None: at what the scale says), and then perhaps trained on with options of train.py.
+    """
+    name: str
+    run: str
+    method: str = None
+    options: dict = field(default_factory=dict)
+    corpus: str = 'passkey_rare'
+    times: float = None
+    train_on: dict = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the recipe of the headline: corpora, runs, rows, and what is measured
+
+# options of data.passkey.prepare. The question comes often for most of the training: retrieval is learned early. It
+# comes rarely in the rest of it and while extending: retrieval then reaches over the whole window
+CORPORA = dict(
+    passkey=dict(tokens=12_000_000, retrieval=0.5),
+    passkey_rare=dict(tokens=4_000_000, retrieval=0.7, gap=200, seed=1),
+    # documents long enough to measure at 16x
+    passkey_long=dict(tokens=1_000_000, retrieval=0.7, gap=200, seed=2, longest=16384),
+)
+OFTEN = dict(steps=2400)
+RARELY = dict(steps=600, warmup=60, min_length=64, lr=1e-3, muon_lr=3e-3)
+
+RUNS = {}
+for pe in ENCODINGS:
+    RUNS[f'{pe}-often'] = Run(dict(pe=pe) | OFTEN)
+    RUNS[pe] = Run(dict(pe=pe) | RARELY, 'passkey_rare', start=f'{pe}-often')
+
+HEADLINE = [
+    Row('NoPE', 'nope'),
+    Row('NoPE uniform', 'nope', 'uniform'),
+    Row('NoPE head', 'nope', 'head'),
+    Row('RoPE', 'rope'),
+]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# further tables
+
+# DroPE: the last eighth of training without RoPE, at the rates of the first part
+WITHOUT_ROPE = dict(pe='nope', steps=375, warmup=60, min_length=64)
+RUNS['rope-7-8'] = Run(dict(pe='rope') | RARELY | dict(steps=225), 'passkey_rare', start='rope-often')
+RUNS['drope'] = Run(WITHOUT_ROPE, 'passkey_rare', start='rope-7-8')
+RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE | dict(qk_norm=False), 'passkey_rare', start='rope-7-8')
+
+ABLATIONS = HEADLINE + [
+    Row('RoPE YaRN', 'rope', 'yarn'),
+    Row('RoPE head', 'rope', 'head'),
+    Row('NoPE head, frequent questions', 'nope', 'head', corpus='passkey'),
+    Row('NoPE head, from 1.0', 'nope', 'head', dict(init=1.0)),
+    Row('NoPE head, no focus', 'nope', 'head', dict(focus=False)),
+]
+
+# training on takes the tokens of head tuning, or five times as many
+TRAIN_ON = dict(batch_tokens=8192, micro_batch=8, optimizer='adamw', lr=3e-4, warmup=20, steps=200)
+TRAIN_ON_5X = TRAIN_ON | dict(steps=1000)
+ENCODINGS_ROWS = HEADLINE[:3] + [
+    Row('NoPE uniform-log', 'nope', 'uniform-log'),
+    Row('NoPE head-log', 'nope', 'head-log'),
+    Row('NoPE head, tuned at 2x', 'nope', 'head', times=2),
+    Row('NoPE head-log, tuned at 2x', 'nope', 'head-log', times=2),
+    Row('NoPE head, tuned at 8x', 'nope', 'head', times=8),
+    Row('NoPE head-log, tuned at 8x', 'nope', 'head-log', times=8),
+    Row('learned', 'learned'),
+    Row('sinusoidal', 'sinusoidal'),
+    Row('T5', 't5'),
+    Row('ALiBi', 'alibi'),
+    Row('RoPE', 'rope'),
+    Row('RoPE PI', 'rope', 'pi'),
+    Row('RoPE NTK', 'rope', 'ntk'),
+    Row('RoPE dynamic NTK', 'rope', 'ntk-dynamic'),
+    Row('RoPE YaRN', 'rope', 'yarn'),
+    Row('RoPE LongRoPE', 'rope', 'longrope', dict(population=16, iterations=10)),
+    Row('RoPE PI, trained on', 'rope', 'pi', train_on=TRAIN_ON),
+    Row('RoPE PI, trained on 5x', 'rope', 'pi', train_on=TRAIN_ON_5X),
+    Row('RoPE YaRN, trained on', 'rope', 'yarn', train_on=TRAIN_ON),
+    Row('RoPE YaRN, trained on 5x', 'rope', 'yarn', train_on=TRAIN_ON_5X),
+    Row('DroPE', 'drope'),
+    Row('DroPE uniform', 'drope', 'uniform'),
+    Row('DroPE head', 'drope', 'head'),
+    Row('DroPE head-log', 'drope', 'head-log'),
+    Row('DroPE, no QK-norm', 'drope-no-qk-norm'),
+    Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
+]
+
+# the columns of the encodings' figure
+GROUPS = {
+    'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE'],
+    'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform-log', 'NoPE head', 'NoPE head-log'],
+    'NoPE, tuned at 2x and 8x': ['NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x',
+                                 'NoPE head, tuned at 8x', 'NoPE head-log, tuned at 8x'],
+    'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE dynamic NTK', 'RoPE YaRN', 'RoPE LongRoPE'],
+    'RoPE, stretched and trained on': ['RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x',
+                                       'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'],
+    'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log',
+                          'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
+}
+# the rows of every other figure
+SHOWN = ['NoPE', 'NoPE uniform', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform']
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real text: NoPE, RoPE, and DroPE that goes on from RoPE for an eighth of its tokens more
+
+
+def real_runs(steps):
+    drope = dict(pe='nope', lr=1e-3, steps=steps // 8, warmup=steps // 80)
+    return dict(
+        nope=Run(dict(pe='nope', steps=steps), 'text'),
+        rope=Run(dict(pe='rope', steps=steps), 'text'),
+        drope=Run(drope, 'text', start='rope'),
+    )
+
+
+REAL = [
+    Row('NoPE', 'nope'),
+    Row('NoPE uniform', 'nope', 'uniform', corpus='text'),
+    Row('NoPE head', 'nope', 'head', corpus='text'),
+    Row('NoPE head-log', 'nope', 'head-log', corpus='text'),
+    Row('RoPE', 'rope'),
+    Row('RoPE YaRN', 'rope', 'yarn', corpus='text'),
+    Row('DroPE', 'drope'),
+    Row('DroPE uniform', 'drope', 'uniform', corpus='text'),
+]
+
+# Wang et al. 2024: NoPE and RoPE on 105B tokens; temperatures start from the best uniform ones that they name
+PAPER = [
+    Row('NoPE', 'nope'),
+    Row('NoPE head, 4K', 'nope', 'head', corpus='text', times=2),
+    Row('NoPE head, 8K', 'nope', 'head', dict(init=1.6), 'text', times=4),
+    Row('NoPE head, 18K', 'nope', 'head', dict(init=1.7), 'text', times=9),
+    Row('RoPE', 'rope'),
+    Row('RoPE YaRN, 16K', 'rope', 'yarn', corpus='text', times=8),
+]
+ABOUT_PAPER = """\
+50,000 steps of 2,097,152 tokens for NoPE, the same for RoPE: 57 hours each on 8 GPUs if one makes 64,000 tokens a
+second (never measured), then temperatures and measuring, an hour. lr 3.5e-4 from step 2,000 on; its cosine would end
+at step 1,430,512, as TinyLlama's, so at 50,000 it is still 99.7 % of that. The commands, after the data:"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables and scales: what a scale says replaces what the table says
+
+TIMES = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
+TABLE = dict(runs=RUNS, times=4, lengths=TIMES, measured_on='passkey_rare',
+             measure=dict(eval_tokens=8192, stride=64), passkey=dict(depths=10, trials=10))
+TABLES = dict(
+    # the newcomer's run: fewer tokens and prompts
+    headline=TABLE | dict(rows=HEADLINE, measure=dict(eval_tokens=4096, stride=64), passkey=dict(depths=10, trials=5)),
+    ablations=TABLE | dict(rows=ABLATIONS),
+    encodings=TABLE | dict(rows=ENCODINGS_ROWS, lengths=TIMES + (16,), measured_on='passkey_long'),
+)
+
+# Seconds on 2 cores (Intel Xeon, torch 2.13), two stages side by side with a thread each: what the sweep tells before
+# each stage, corrected by what the stages before it took on this machine. begin: to import torch and open files.
+# million: a million tokens of a corpus; step: one of train.py; measure: a row; the others: extending by that method.
+SECONDS = dict(begin=4, million=4, step=0.28, measure=40, uniform=25, head=110, longrope=150)
+
+SYNTHETIC = dict(preset='tiny', dtype='fp32', processes=1, corpora=CORPORA, shape={}, train={}, tune={})
+TEXT = dict(preset='small', dtype='auto', processes=1, runs=real_runs(5000), rows=REAL, tokenizer='gpt2', L=1024,
+            shape={}, train={}, times=4, lengths=TIMES + (16,), passkey=dict(depths=10, trials=5))
+SCALES = dict(
+    # the same path in under a minute, for the tests: nothing is learned
+    toy=SYNTHETIC | dict(
+        L=128, tokens=dict(passkey=60_000, passkey_rare=60_000, passkey_long=200_000), seconds=SECONDS | dict(measure=6),
+        shape=dict(block_size=128, n_layer=1, n_embd=32, n_inner=32),
+        train=dict(steps=6, batch_tokens=512, eval_tokens=512, log_every=3, warmup=2),
+        times=2, tune=dict(steps=2, batch=2, grid=(1, 1.2), grid_batches=1),
+        lengths=(1, 1.5, 2), measure=dict(eval_tokens=256, stride=64), passkey=dict(depths=2, trials=1)),
+    tiny=SYNTHETIC | dict(L=256, seconds=SECONDS),
+    # one GPU, under an hour (an estimate: not run yet)
+    small=TEXT | dict(tokens=700_000_000, tune=dict(micro_batch=2), measure=dict(eval_tokens=131_072, stride=256)),
+    # its rehearsal on CPU
+    small_toy=TEXT | dict(
+        runs=real_runs(16), dtype='fp32', tokenizer='bytes', tokens=200_000, L=320,
+        shape=dict(block_size=320, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=48),
+        train=dict(batch_tokens=640, micro_batch=2, eval_tokens=640),
+        times=2, tune=dict(steps=2, batch=2, grid=(1, 1.2), grid_batches=1),
+        lengths=(1, 2, 4), measure=dict(eval_tokens=512, stride=64), passkey=dict(depths=2, trials=1)),
+    # eight GPUs, days (not run yet)
+    paper=TEXT | dict(
+        about=ABOUT_PAPER, preset='tinyllama', processes=8, runs=real_runs(50_000), rows=PAPER, L=2048,
+        tokenizer='hf:TinyLlama-NoPE-1.1B', tokens=106_000_000_000, tune=dict(lr=0.1),
+        lengths=(0.5, 1, 2, 4, 8), measure=dict(eval_tokens=2_097_152, stride=256, protocol='paper'),
+        passkey=dict(depths=10, trials=10)),
+)
