@@ -125,7 +125,7 @@ def draw(plan, lines, seed, machine, file):
     """The figures; without a file only the headline's, where matplotlib is there to draw it."""
     if not file:
         try:
-            import matplotlib                        # noqa: F401 (is it there?)
+            import matplotlib  # noqa: F401 (is it there?)
         except ImportError:
             return
         if plan.table == 'headline':

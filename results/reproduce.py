@@ -14,7 +14,6 @@ A figure past the first decimals depends on how a machine rounds: each --dtype o
 its own, in a folder and with lines of the csv of its own.
 """
 import os
-import sys
 import time
 
 import torch

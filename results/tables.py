@@ -12,7 +12,7 @@ from model import ENCODINGS
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: options of train.py, the corpus, and the run whose weights it starts from (None: from scratch)."""
+    """A training run: options of train.py, the corpus, the run whose weights it starts from (None: from scratch)."""
     options: dict
     corpus: str = 'passkey'
     start: str = None
@@ -185,7 +185,8 @@ TEXT = dict(preset='small', dtype='auto', processes=1, runs=real_runs(5000), row
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
     toy=SYNTHETIC | dict(
-        L=128, tokens=dict(passkey=60_000, passkey_rare=60_000, passkey_long=200_000), seconds=SECONDS | dict(measure=6),
+        L=128, tokens=dict(passkey=60_000, passkey_rare=60_000, passkey_long=200_000),
+        seconds=SECONDS | dict(measure=6, uniform=1, head=1, longrope=5),
         shape=dict(block_size=128, n_layer=1, n_embd=32, n_inner=32),
         train=dict(steps=6, batch_tokens=512, eval_tokens=512, log_every=3, warmup=2),
         times=2, tune=dict(steps=2, batch=2, grid=(1, 1.2), grid_batches=1),
