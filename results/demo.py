@@ -1,10 +1,10 @@
 """
-The headline in one minute, without training: opens the models that come with the repository (results/demo: a base model
-and its extended twins; made.json tells how they were made), draws how far each finds a passkey, and lets the base and an
-extended one continue the same long prompt.
+The headline in one minute, without training: opens the models that come with the repository (results/demo: a base and
+its extended twins; made.json tells how they were made), draws how far each finds a passkey, and lets them continue the
+same long prompt.
 
     python -m results.demo
-    python -m results.demo --models out/demo      # nope.pt, uniform.pt, head.pt of your own, as train.py and extend.py wrote
+    python -m results.demo --models out/mine      # your own nope.pt, uniform.pt, head.pt
 """
 import hashlib
 import os

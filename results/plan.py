@@ -29,7 +29,7 @@ class Machine:
 
     @property
     def suffix(self):
-        """Of a run's folder: nope-1 where the machine decides, nope-1-fp32 or nope-1-fp32-2-threads where it is told."""
+        """Of a run's folder: nope-1 where the machine decides, nope-1-fp32, nope-1-fp32-2-threads where it is told."""
         dtype = '' if self.dtype == 'auto' else f'-{self.dtype}'
         threads = f'-{self.threads}-threads' if self.threads else ''
         return dtype + threads
@@ -75,7 +75,8 @@ class Plan:
             if name in used:
                 tokens = settings.get('tokens', {}).get(name, options['tokens'])
                 folder = f'{self.out}/{name}'
-                corpora[name] = folder, Command('-m data.passkey.prepare', dict(out=folder) | options | dict(tokens=tokens))
+                options = dict(out=folder) | options | dict(tokens=tokens)
+                corpora[name] = folder, Command('-m data.passkey.prepare', options)
         return corpora
 
     def text_corpora(self, settings, text, tokenizer):
@@ -199,7 +200,8 @@ class Plan:
         if run.start:
             after = f'{run.start}, seed {seed}'
             where['init_from'] = self.folder(run.start, seed, machine)
-        return Stage(f'{name}, seed {seed}', [self.command('train.py', options | where)], f'{folder}.txt', after, seconds or 0)
+        command = self.command('train.py', options | where)
+        return Stage(f'{name}, seed {seed}', [command], f'{folder}.txt', after, seconds or 0)
 
     def checkpoints(self, row, seed, machine):
         """{checkpoint: the lengths that it is measured at}."""
@@ -240,14 +242,11 @@ class Plan:
             common = dict(ckpt=ckpt, lengths=lengths, dtype=self.dtype, out=folder)
             ppl = dict(method='none', data=self.data(self.measured_on)) | self.measure
             if 'protocol' not in self.measure:       # the same tokens, where not every length is measured
-                ppl['past'] = self.row_lengths_past()
+                ppl['past'] = max(self.lengths)
             commands.append(self.command('extend.py', common | ppl))
             commands.append(self.command('eval_passkey.py', common | self.passkey))
         return Stage(f'{row.name}, seed {seed}', commands, f'{folder}.txt', f'{row.run}, seed {seed}',
                      self.row_seconds(row, len(commands)), row)
-
-    def row_lengths_past(self):
-        return max(self.lengths)
 
     def row_seconds(self, row, n_commands):
         if not self.seconds:

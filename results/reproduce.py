@@ -5,8 +5,8 @@ there already is not run again, so a sweep that was stopped goes on where it was
 
     python -m results.reproduce --scale tiny                                        # the headline, one seed
     python -m results.reproduce --scale tiny --seeds 1,2,3,4,5 --dtype bf16,fp32 --csv results/headline.csv
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table ablations      # results/tiny.csv
-    python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table encodings      # results/tiny-encodings.csv
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table ablations     # results/tiny.csv
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table encodings     # tiny-encodings.csv
     python -m results.reproduce --scale small --text ~/books       # one GPU; without --text FineWeb-Edu and PG19
     python -m results.reproduce --scale paper                      # eight GPUs, days
 
