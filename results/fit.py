@@ -2,17 +2,20 @@
 How the best uniform temperature grows with length: fits lambda = 1 + a ln s to checkpoints that extend.py --method
 uniform wrote for several lengths of one model, s = length / training length.
 
-    for n in 384 512 768 1024 1536 2048; do python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length $n --eval_tokens 0; done
+    for n in 384 512 768 1024 1536 2048; do
+        python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length $n --eval_tokens 0
+    done
     python -m results.fit out/nope/uniform-*.pt
 
-Wang et al. 2024 (app. B) find a = 0.3010 after 10k steps of pre-training and 0.3973 after 50k (R2 0.995, 0.977), for the best
-lambda of each position; DroPE (app. C.2) finds 0.412 and, with QK-norm, 0.103.
+Wang et al. 2024 (app. B) find a = 0.3010 after 10k steps of pre-training and 0.3973 after 50k (R2 0.995, 0.977), for
+the best lambda of each position; DroPE (app. C.2) finds 0.412 and, with QK-norm, 0.103.
 """
 import math
 
 import numpy as np
 
-from data import io
+from data.checkpoint import load_checkpoint
+from data.runtime import fail, parser
 
 
 def lowest(curve):
@@ -32,25 +35,28 @@ def fit(s, lam):
     return float(a), float(1 - ((lam - 1 - a * s) ** 2).sum() / max(1e-12, ((lam - lam.mean()) ** 2).sum()))
 
 
-def main():
-    p = io.parser(__doc__)
-    p.add_argument('ckpts', nargs='+', metavar='CKPT', help='checkpoints of one model by extend.py --method uniform, at two lengths or more')
-    args = p.parse_args()
+def main(argv=None):
+    p = parser(__doc__)
+    p.add_argument('ckpts', nargs='+', metavar='CKPT',
+                   help='checkpoints of one model by extend.py --method uniform, at two lengths or more')
+    args = p.parse_args(argv)
     points = []
     for file in args.ckpts:
-        ckpt = io.load_checkpoint(file)
+        ckpt = load_checkpoint(file)
         how = ckpt['extended']
         if not how or how['method'] != 'uniform':
-            io.fail(f'{file} was not made by extend.py --method uniform')
+            fail(f'{file} was not made by extend.py --method uniform')
         if how['length'] > ckpt['config']['block_size']:
             points.append((how['length'], how['length'] / ckpt['config']['block_size'], lowest(how['curve'])))
     points.sort()
     if len({n for n, _, _ in points}) < 2:
-        io.fail('a fit needs two lengths or more past the training length')
+        fail('a fit needs two lengths or more past the training length')
     a, r2 = fit([s for _, s, _ in points], [lam for _, _, lam in points])
     print('  length      s   best lambda   1 + a ln s   paper, 10k and 50k steps')
     for n, s, lam in points:
-        print(f'{n:>8} {s:>5g}x {lam:>12.3f} {1 + a * math.log(s):>12.3f} {1 + 0.3010 * math.log(s):>15.3f} {1 + 0.3973 * math.log(s):.3f}')
+        log_s = math.log(s)
+        ours, paper_10k, paper_50k = 1 + a * log_s, 1 + 0.3010 * log_s, 1 + 0.3973 * log_s
+        print(f'{n:>8} {s:>5g}x {lam:>12.3f} {ours:>12.3f} {paper_10k:>15.3f} {paper_50k:.3f}')
     print(f'lambda = 1 + {a:.4f} ln s, R2 {r2:.4f}')
 
 

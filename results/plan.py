@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.checkpoint import load_checkpoint, stem
+from data.checkpoint import find_checkpoint, load_checkpoint, stem
 from data.figures import read_csv
 from results.stages import Command, Stage, flags
 from results.tables import SCALES, TABLES
@@ -194,14 +194,18 @@ class Plan:
     def run_stage(self, name, seed, machine):
         run, folder = self.runs[name], self.folder(name, seed, machine)
         options = self.train_options(name, machine)
-        seconds = self.seconds and self.seconds['begin'] + options['steps'] * self.seconds['step']
+        seconds = 0
+        if self.seconds:                             # of a run that was stopped, what is left
+            ckpt = find_checkpoint(folder)
+            trained = load_checkpoint(ckpt)['step'] if ckpt else 0
+            seconds = self.seconds['begin'] + (options['steps'] - trained) * self.seconds['step']
         where = dict(data=self.data(run.corpus), seed=seed, resume=True, out=folder)
         after = None
         if run.start:
             after = f'{run.start}, seed {seed}'
             where['init_from'] = self.folder(run.start, seed, machine)
         command = self.command('train.py', options | where)
-        return Stage(f'{name}, seed {seed}', [command], f'{folder}.txt', after, seconds or 0)
+        return Stage(f'{name}, seed {seed}', [command], f'{folder}.txt', after, seconds)
 
     def checkpoints(self, row, seed, machine):
         """{checkpoint: the lengths that it is measured at}."""

@@ -177,7 +177,7 @@ TABLES = dict(
 # Seconds on 2 cores (Intel Xeon, torch 2.13), two stages side by side with a thread each: what the sweep tells before
 # each stage, corrected by what the stages before it took on this machine. begin: to import torch and open files.
 # million: a million tokens of a corpus; step: one of train.py; measure: a row; the others: extending by that method.
-SECONDS = dict(begin=4, million=4, step=0.28, measure=40, uniform=25, head=110, longrope=150)
+SECONDS = dict(begin=4, million=4, step=0.26, measure=40, uniform=25, head=110, longrope=150)
 
 SYNTHETIC = dict(preset='tiny', dtype='fp32', processes=1, corpora=CORPORA, shape={}, train={}, tune={})
 TEXT = dict(preset='small', dtype='auto', processes=1, runs=real_runs(5000), rows=REAL, tokenizer='gpt2', L=1024,
