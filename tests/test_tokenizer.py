@@ -1,0 +1,88 @@
+"""What data/tokenizer.py promises: text comes back as it was, and only ever is text."""
+import os
+import tempfile
+
+import pytest
+import tiktoken
+from conftest import refused
+
+from data.passkey import prepare as passkey
+from data.tokenizer import get_tokenizer
+
+TOLD, ASKED = passkey.INFO.format(key=71432), passkey.QUESTION + passkey.ANSWER.format(key=90817)
+PROMPT = passkey.TASK + ''.join(passkey.GARBAGE) + TOLD + ASKED
+
+
+def test_the_passkey_prompt_comes_back_as_it_was():
+    tok = get_tokenizer('passkey')
+    assert tok.decode(tok.encode(PROMPT)) == PROMPT
+
+
+def test_every_word_of_the_passkey_corpus_is_one_token():
+    tok = get_tokenizer('passkey')
+    parts = [*passkey.NAMES, *passkey.PLACES, *passkey.THINGS, *passkey.COLOURS, *'0123456789']
+    for word in passkey.WORD.findall(PROMPT) + [f' {word}' for word in parts]:
+        assert len(tok.encode(word)) == 1, word
+
+
+def test_a_passkey_document_is_text_of_its_tokenizer():
+    tok = get_tokenizer('passkey')
+    for ids in passkey.generate(20_000, 0.5, 25, 1):
+        assert tok.encode(tok.decode(ids)) == list(ids)
+        assert tok.bos not in ids
+
+
+@pytest.mark.parametrize('text', ['The sky is mauve.', 'Eve', ' The  sky', 'The sky!', '<|endoftext|>'])
+def test_text_outside_the_passkey_vocabulary_is_refused(text):
+    with refused('passkey vocabulary'):
+        get_tokenizer('passkey').encode(text)
+
+
+# gpt2's two files, as tiktoken's cache names them: the SHA-1 of their addresses
+cache = os.environ.get('TIKTOKEN_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache'))
+gpt2_files = '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'
+gpt2_is_here = all(os.path.exists(f'{cache}/{name}') for name in gpt2_files)
+gpt2 = pytest.param('gpt2', marks=pytest.mark.skipif(not gpt2_is_here, reason='gpt2 is not in the cache'))
+
+
+@pytest.fixture
+def tiny_tiktoken(monkeypatch):
+    """Single bytes, in the place of an encoding that is downloaded."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tiny = tiktoken.Encoding('tiny', pat_str=r'(?s:.)', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 256})
+    monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['tiny', 'gpt2'])
+    real = tiktoken.get_encoding
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny if name == 'tiny' else real(name))
+
+
+@pytest.mark.parametrize('name', ['bytes', 'tiny', gpt2])
+def test_the_names_of_special_tokens_in_a_document_stay_text(name, tiny_tiktoken):
+    tok, text = get_tokenizer(name), 'a<|endoftext|>é\r\n\0 <s> <|im_start|>'
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert tok.bos not in ids
+    assert max(ids) < tok.n_vocab
+
+
+def words_tokenizer(folder):
+    """A tokenizer of transformers over a handful of words, saved in a folder of its own, without config.json."""
+    tokenizers, transformers = pytest.importorskip('tokenizers'), pytest.importorskip('transformers')
+    words = ['<s>', '</s>', '<unk>', 'the', 'grass', 'is', 'green']
+    ids = {word: i for i, word in enumerate(words)}
+    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token='<unk>'))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, **special).save_pretrained(folder)
+
+
+def test_a_tokenizer_of_transformers(tmp_path):
+    words_tokenizer(tmp_path)
+    tok = get_tokenizer(f'hf:{tmp_path}')
+    assert tok.encode('the grass is green') == [3, 4, 5, 6]
+    assert (tok.n_vocab, tok.bos, tok.eos) == (7, 0, 1)
+
+
+@pytest.mark.parametrize('name, words', [('gpt5', ['gpt5', 'bytes']), ('hf:nowhere', ['hf:'])])
+def test_an_unknown_tokenizer_is_refused(name, words):
+    with refused(*words):
+        get_tokenizer(name)
