@@ -7,6 +7,8 @@ with a switch for the position encoding and one attention temperature for each h
     _, loss = model(idx, targets)       # mean cross-entropy in nats; the logits are never whole in memory
     idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')
 
+    python model.py out/nope "What is the pass key?" --max_new_tokens 1000        # a checkpoint goes on with a text
+
 The attention temperature is written in units of 1/sqrt(head size), so 1.0 is what pre-training used:
     alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
 for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). Multiplied into q it costs nothing, and
@@ -38,9 +40,10 @@ class GPTConfig:
     n_inner: int = 5632          # width of the SwiGLU
     pe: str = 'nope'
     qk_norm: bool = False        # RMS-normalise q and k in each head, without a gain (DroPE, app. C)
+    qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_inv_freq: list = None   # hs/2 inverse frequencies; PI, NTK, YaRN, LongRoPE write theirs here. None: from rope_theta
+    rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
     rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
 
     def __post_init__(self):
@@ -53,10 +56,11 @@ class GPTConfig:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
-        if self.pe == 'rope' and (self.n_embd // self.n_head) % 2:
-            raise ValueError(f'pe=rope rotates pairs: head size {self.n_embd // self.n_head} must be even')
-        if self.rope_inv_freq is not None and len(self.rope_inv_freq) != self.n_embd // self.n_head // 2:
-            raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {self.n_embd // self.n_head // 2} pairs')
+        hs = self.n_embd // self.n_head
+        if self.pe == 'rope' and hs % 2:
+            raise ValueError(f'pe=rope rotates pairs: head size {hs} must be even')
+        if self.rope_inv_freq is not None and len(self.rope_inv_freq) != hs // 2:
+            raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {hs // 2} pairs')
 
 
 PRESETS = dict(
@@ -76,27 +80,70 @@ class KVCache:
     """
 
     def __init__(self, length=0):
-        self.kv, self.len, self.length = {}, 0, length           # layer -> (k, v), each (B, nkv, capacity, hs); tokens held
+        self.kv = {}                                 # layer -> [k, v], each (B, nkv, capacity, hs)
+        self.len = 0                                 # tokens held
+        self.length = length
 
     def update(self, layer, k, v):
         """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
         start, end = self.len, self.len + k.size(2)
-        old = self.kv.get(layer)
-        if old is None or end > old[0].size(2):
-            B, nkv, _, hs = k.shape
-            new = [x.new_empty(B, nkv, max(2 * start, end + 64), hs) for x in (k, v)]
-            for n, o in zip(new, old or ()):
-                n[:, :, :start] = o[:, :, :start]
-            self.kv[layer] = new
-        for buf, x in zip(self.kv[layer], (k, v)):
-            buf[:, :, start:end] = x
-        return [buf[:, :, :end] for buf in self.kv[layer]]
+        if layer not in self.kv or end > self.kv[layer][0].size(2):
+            self.grow(layer, k, max(2 * start, end + 64))
+        for buffer, new in zip(self.kv[layer], (k, v)):
+            buffer[:, :, start:end] = new
+        return [buffer[:, :, :end] for buffer in self.kv[layer]]
 
+    def grow(self, layer, k, capacity):
+        B, nkv, _, hs = k.shape
+        larger = [k.new_empty(B, nkv, capacity, hs) for _ in range(2)]
+        for buffer, old in zip(larger, self.kv.get(layer, ())):
+            buffer[:, :, :self.len] = old[:, :, :self.len]
+        self.kv[layer] = larger
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# position encodings
 
 def rope_frequencies(c):
     """Su et al. 2021, sec. 3.2.2: the hs/2 inverse frequencies of a GPTConfig as trained, theta^(-2m / hs)."""
     hs = c.n_embd // c.n_head
     return [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+
+
+def pi(c, length):
+    """Position interpolation (Chen et al. 2023, eq. 4) -> (hs/2 inverse frequencies, temperature 1)."""
+    return [freq * c.block_size / length for freq in rope_frequencies(c)], 1.0
+
+
+def ntk(c, length):
+    """
+    NTK-aware scaling (bloc97 2023; YaRN's eq. 14 to 16), the base theta s^(hs / (hs - 2)) for s = length / block_size
+    -> (hs/2 inverse frequencies, temperature 1).
+    """
+    hs = c.n_embd // c.n_head
+    base = c.rope_theta * (length / c.block_size) ** (hs / max(1, hs - 2))
+    return [base ** (-2 * m / hs) for m in range(hs // 2)], 1.0
+
+
+def yarn(c, length):
+    """
+    YaRN (Peng et al. 2024, sec. 3.2 and 3.4, with the ramp over dimensions of its code) for s = length / block_size
+    -> (hs/2 inverse frequencies, temperature (0.1 ln s + 1)^2 on the scores).
+    """
+    hs = c.n_embd // c.n_head
+    s = length / c.block_size
+
+    def dimension(turns):
+        """The (fractional) dimension that turns so often within the training length."""
+        return hs * math.log(c.block_size / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
+
+    low = max(0, math.floor(dimension(32)))
+    high = min(hs - 1, math.ceil(dimension(1)))
+    inv_freq = []
+    for m, freq in enumerate(rope_frequencies(c)):
+        ramp = min(1.0, max(0.0, (m - low) / max(1e-3, high - low)))       # 0: kept as trained, 1: divided by s
+        inv_freq.append(freq * (1 - ramp) + freq / s * ramp)
+    return inv_freq, (0.1 * math.log(s) + 1) ** 2
 
 
 def rotate(x, rope):
@@ -115,8 +162,8 @@ def sinusoid(pos, C):
 
 def t5_bucket(n):
     """
-    Raffel et al. 2020: distances n >= 0, in tokens -> one of 32 buckets. The first 16 hold one distance each, the others
-    grow with its logarithm up to 128, and the last one holds all that are further.
+    Raffel et al. 2020: distances n >= 0, in tokens -> one of 32 buckets. The first 16 hold one distance each, the
+    others grow with its logarithm up to 128, and the last one holds all that are further.
     """
     far = 16 + (torch.log(n.clamp(min=1) / 16) / math.log(128 / 16) * 16).long()
     return torch.where(n < 16, n, far.clamp(max=31))
@@ -128,7 +175,35 @@ def alibi_slopes(n_head):
     power of two below, then every second one of the power above.
     """
     n = 2 ** int(math.log2(n_head))
-    return [2 ** (-8 * h / n) for h in range(1, n + 1)] + [2 ** (-4 * h / n) for h in range(1, 2 * n, 2)][:n_head - n]
+    slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
+    between = [2 ** (-4 * h / n) for h in range(1, 2 * n, 2)]
+    return slopes + between[:n_head - n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+def attend(q, k, v, mask=None):
+    """
+    Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
+    or bool or a bias that broadcasts to (B, nh, T, n) -> (B, nh, T, hs). What hardware asks for stands here alone.
+    """
+    T, groups = q.size(2), q.size(1) // k.size(1)
+    if q.is_cuda and groups > 1 and (q.dtype == torch.float32 or mask is not None):
+        # torch 2.11 on CUDA: flash takes neither fp32 nor a mask, and mem-efficient no grouped queries. Repeated keys
+        # keep this off the slow path that writes all scores to memory
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.type_as(q)
+    with torch.autocast('cpu', enabled=False):       # in the precision that q came in
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                              enable_gqa=k.size(1) < q.size(1))
+
+
+def slow_in_bf16(q):
+    """Backward through torch's CPU kernel in bf16 takes up to three times as long as in fp32 where rows are short."""
+    return q.is_cpu and q.dtype == torch.bfloat16 and q.size(2) < 512 and torch.is_grad_enabled()
 
 
 class Attention(nn.Module):
@@ -141,39 +216,42 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
-        # the temperature of each query head. 1-D, so that weight decay never sees it; frozen until extend.py asks
+        # the gain belongs to the model and trains with it; 1-D, so without weight decay
+        self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
+        # the temperature of each query head. 1-D as well; frozen until extend.py asks
         self.scale = nn.Parameter(torch.ones(self.nh), requires_grad=False)
         self.slope = nn.Parameter(torch.zeros(self.nh), requires_grad=False)
 
     def qkv(self, x, rope, log_len):
-        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), as the attention kernel gets them."""
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.nh, self.hs).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
-        if q.is_cpu and q.dtype == torch.bfloat16 and T < 512 and torch.is_grad_enabled():
-            # torch's attention kernel for CPUs is up to three times slower backwards in bf16 than in fp32 where rows are short
+        if slow_in_bf16(q):
             q, k, v = q.float(), k.float(), v.float()
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if self.qk_norm:                             # after the rotation or before it is the same: no gain
-            q, k = (F.rms_norm(z, (self.hs,), eps=self.eps) for z in (q, k))
-        lam = self.scale[:, None] + self.slope[:, None] * log_len    # (nh, 1), fp32
-        q = q * lam[:, :, None]                      # by 1.0 it is the identity, bit for bit
+        if self.qk_norm:                             # before the rotation would be the same: it keeps lengths
+            q = F.rms_norm(q, (self.hs,), eps=self.eps)
+            k = F.rms_norm(k, (self.hs,), eps=self.eps)
+        q = q * self.temperature(log_len)            # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
+    def temperature(self, log_len):
+        """lambda_h = scale_h + slope_h ln max(1, n / block_size), times the learned gain: (nh, 1, 1), fp32."""
+        lam = self.scale[:, None] + self.slope[:, None] * log_len
+        if self.gain is not None:
+            lam = lam * self.gain[:, None]
+        return lam[:, :, None]
+
     def forward(self, x, rope, log_len, mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C). rope, log_len and mask as GPT.positions makes them."""
         B, T, C = x.shape
         q, k, v = self.qkv(x, rope, log_len)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if q.is_cuda and self.nkv < self.nh and (q.dtype == torch.float32 or mask is not None):
-            # on CUDA flash takes neither fp32 nor a mask and mem-efficient no grouped queries (torch 2.11): repeated keys keep it off the math path
-            k, v = (z.repeat_interleave(self.nh // self.nkv, dim=1) for z in (k, v))
-        if mask is not None and mask.is_floating_point():
-            mask = mask.type_as(q)
-        with torch.autocast('cpu', enabled=False):   # in the precision that qkv chose
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=k.size(1) < self.nh)
+        y = attend(q, k, v, mask)                    # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -204,8 +282,10 @@ class Block(nn.Module):
 
 
 def init_std(c, name):
-    """TinyLlama's initialisation (its lit_gpt/model.py): sqrt(2 / 5d), and 1 / (sqrt(d) n_layer) for what is added to the residual."""
-    return 1 / math.sqrt(c.n_embd) / c.n_layer if name.endswith(('o_proj.weight', 'down_proj.weight')) else math.sqrt(2 / 5 / c.n_embd)
+    """TinyLlama's initialisation (its lit_gpt/model.py): smaller for the two matrices that write to the residual."""
+    if name.endswith(('o_proj.weight', 'down_proj.weight')):
+        return 1 / math.sqrt(c.n_embd) / c.n_layer
+    return math.sqrt(2 / 5 / c.n_embd)
 
 
 class GPT(nn.Module):
@@ -223,9 +303,10 @@ class GPT(nn.Module):
         elif c.pe == 'alibi':
             self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head), device='cpu'), persistent=False)
         elif c.pe == 'rope':
-            trained = rope_frequencies(c)
-            self.register_buffer('trained_freq', torch.tensor(trained, dtype=torch.float32, device='cpu'), persistent=False)
-            self.register_buffer('inv_freq', torch.tensor(c.rope_inv_freq or trained, dtype=torch.float32, device='cpu'), persistent=False)
+            trained = torch.tensor(rope_frequencies(c), dtype=torch.float32, device='cpu')
+            stretched = torch.tensor(c.rope_inv_freq or rope_frequencies(c), dtype=torch.float32, device='cpu')
+            self.register_buffer('trained_freq', trained, persistent=False)
+            self.register_buffer('inv_freq', stretched, persistent=False)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
@@ -241,28 +322,25 @@ class GPT(nn.Module):
         them loss is None. cache: a KVCache, to which these T tokens are appended.
         ValueError past the table of pe='learned'.
         """
-        c, start = self.config, cache.len if cache is not None else 0
+        c = self.config
+        start = 0
+        if cache is not None:
+            start = cache.len
         end = start + idx.size(1)
         pos = torch.arange(start, end, device=idx.device)
         x = self.embed(idx)                          # (B, T, C)
-        rope = mask = None
-        if 0 < start < end - 1:                      # a chunk after cached keys: is_causal would align to the top left
-            mask = torch.ones(end - start, end, dtype=torch.bool, device=idx.device).tril(start)
         if c.pe == 'learned':
             if end > c.block_size:
                 raise ValueError(f'pe=learned has a table of {c.block_size} positions; {end} were asked for')
             x = x + self.pos_embed(pos)
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
-        elif c.pe in ('t5', 'alibi'):                # (1, nh, T, end): added to the scores, after the temperature
-            n = pos[:, None] - torch.arange(end, device=idx.device)          # how far back each key lies
-            mask = self.pos_bias(t5_bucket(n.clamp(min=0))).permute(2, 0, 1) if c.pe == 't5' else -self.slopes[:, None, None] * n
-            mask = mask.masked_fill(n < 0, -math.inf)[None]      # 4-D, or the fused kernel refuses it
-        elif c.pe == 'rope':
-            angle = pos[:, None].float() * torch.where(pos[:, None] < c.rope_start, self.trained_freq, self.inv_freq)
-            rope = angle.cos(), angle.sin()          # (T, hs/2) each
-        n = (pos[-1:] + 1).clamp(min=cache.length if cache is not None else 0)
-        log_len = (n / c.block_size).clamp(min=1).log()              # (1,): 0 up to block_size
+        rope = self.rotation(pos)
+        mask = self.mask(pos, start, end)
+        length = pos[-1:] + 1                        # of the sequence, which a decoder may know beforehand
+        if cache is not None:
+            length = length.clamp(min=cache.length)
+        log_len = (length / c.block_size).clamp(min=1).log()         # (1,): 0 up to block_size
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
@@ -270,46 +348,125 @@ class GPT(nn.Module):
                 x = block(x, rope, log_len, mask, cache)
         if cache is not None:
             cache.len = end
-        x = self.norm(x if rows is None else x[:, rows])
+        if rows is not None:
+            x = x[:, rows]
+        x = self.norm(x)
         if targets is None:
             return self.lm_head(x), None
         return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
 
+    def rotation(self, pos):
+        """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None for other encodings."""
+        if self.config.pe != 'rope':
+            return None
+        inv_freq = torch.where(pos[:, None] < self.config.rope_start, self.trained_freq, self.inv_freq)
+        angle = pos[:, None].float() * inv_freq
+        return angle.cos(), angle.sin()
+
+    def mask(self, pos, start, end):
+        """
+        What is added to the scores, after the temperature: the bias of t5 and alibi, (1, nh, T, end). Where a chunk of
+        tokens follows cached keys, which keys each may see, (T, end). None where plain causal attention does.
+        """
+        if self.config.pe in ('t5', 'alibi'):
+            back = pos[:, None] - torch.arange(end, device=pos.device)       # how far back each key lies, in tokens
+            if self.config.pe == 't5':
+                bias = self.pos_bias(t5_bucket(back.clamp(min=0))).permute(2, 0, 1)
+            else:
+                bias = -self.slopes[:, None, None] * back
+            return bias.masked_fill(back < 0, -math.inf)[None]       # 4-D, or the fused kernel refuses it
+        if 0 < start < end - 1:                      # is_causal would align to the top left
+            return torch.ones(end - start, end, dtype=torch.bool, device=pos.device).tril(start)
+        return None
+
     def cross_entropy(self, x, targets):
-        """Mean cross-entropy of x (N, C) against targets (N,), a chunk of rows at a time, each recomputed in backward."""
+        """Mean cross-entropy of x (N, C) against targets (N,), in chunks of rows that backward computes again."""
         def chunk(x, t):
             return F.cross_entropy(self.lm_head(x).float(), t, reduction='sum')
-        n = 1 << max(1, self.logits_at_once // self.config.vocab_size).bit_length() - 1      # chunks of one shape, for batches of any usual size
-        if len(x) <= n:
+        rows = max(1, self.logits_at_once // self.config.vocab_size)
+        rows = 2 ** (rows.bit_length() - 1)          # a power of two divides usual batches: chunks of one shape
+        if len(x) <= rows:
             return chunk(x, targets) / len(x)
-        return sum(checkpoint(chunk, a, t, use_reentrant=False) for a, t in zip(x.split(n), targets.split(n))) / len(x)
+        total = 0
+        for part, t in zip(x.split(rows), targets.split(rows)):
+            total = total + checkpoint(chunk, part, t, use_reentrant=False)
+        return total / len(x)
 
-    @torch.no_grad()
-    @sdpa_kernel(DECODING)
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """
-        idx (B, T) -> (B, T + max_new_tokens). temperature divides the final logits; 0 takes the likeliest token.
-        ValueError where idx holds no token: begin with BOS.
+        idx (B, T) -> (B, T + max_new_tokens). This temperature is that of sampling: it divides the final logits, and 0
+        takes the likeliest token. ValueError where idx holds no token: begin with BOS.
         """
+        return torch.cat([idx, *self.continuation(idx, max_new_tokens, temperature, top_k)], dim=1)
+
+    @torch.no_grad()
+    def continuation(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """The new tokens of generate one by one, as they come: (B, 1) each."""
         if idx.size(1) == 0:
             raise ValueError('generate goes on from at least one token: begin with BOS')
-        cache, new = KVCache(idx.size(1) + max_new_tokens - 1), idx
+        cache = KVCache(idx.size(1) + max_new_tokens - 1)
+        new = idx
         for _ in range(max_new_tokens):
-            logits = self(new, rows=slice(-1, None), cache=cache)[0][:, -1].float()      # (B, V)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial((logits / temperature).softmax(-1), 1)
-            idx = torch.cat((idx, new), dim=1)
-        return idx
+            with sdpa_kernel(DECODING):
+                logits, _ = self(new, rows=slice(-1, None), cache=cache)
+            new = sample(logits[:, -1].float(), temperature, top_k)
+            yield new
 
     def num_params(self):
         """Parameters without the embedding tables, which only look up."""
-        return sum(p.numel() for n, p in self.named_parameters() if 'embed' not in n and n != 'pos_bias.weight')
+        total = 0
+        for name, p in self.named_parameters():
+            if 'embed' not in name and name != 'pos_bias.weight':
+                total += p.numel()
+        return total
 
     def flops_per_token(self, T):
-        """Training FLOPs a token at length T as PaLM (app. B) counts them: 6N + 12 n_layer n_embd T, attention un-halved."""
+        """Training FLOPs a token at length T (PaLM, app. B): 6N + 12 n_layer n_embd T, attention not halved."""
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+def sample(logits, temperature, top_k):
+    """logits (B, V) -> token ids (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)
+
+
+def main(argv=None):
+    """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
+    from data.checkpoint import frozen, load_checkpoint, load_model
+    from data.runtime import fail, natural_float, parser, positive_int, setup
+    from data.tokenizer import get_tokenizer
+    p = parser(__doc__)
+    p.add_argument('ckpt', help='checkpoint file or run folder')
+    p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
+    p.add_argument('--max_new_tokens', type=positive_int, default=200)
+    p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
+    p.add_argument('--seed', type=int, default=1337)
+    p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    args = p.parse_args(argv)
+    args.dtype = 'fp32'
+    env = setup(args)
+    ckpt = load_checkpoint(args.ckpt)
+    model = frozen(load_model(ckpt), env)
+    tokenizer = get_tokenizer(ckpt['tokenizer'])
+    ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:
+        fail(f'pe=learned ends at {model.config.block_size} tokens: lower --max_new_tokens {args.max_new_tokens}')
+    torch.manual_seed(args.seed)
+    print(args.prompt, end='')
+    new, shown = [], 0
+    for token in model.continuation(torch.tensor([ids], device=env.device), args.max_new_tokens, args.temperature):
+        new.append(token.item())
+        text = tokenizer.decode(new)                 # decoded together: a character may be several tokens
+        if not text.endswith('\ufffd'):              # which is half of one
+            print(text[shown:], end='', flush=True)
+            shown = len(text)
+    print()
+
+
+if __name__ == '__main__':
+    main()
