@@ -79,7 +79,7 @@ def refused(*words):
     """
     said, line, code = StringIO(), [], None
     with redirect_stderr(said):
-        try:                                         # pytest.raises would keep the script's frames, and the lock in them
+        try:                                         # pytest.raises would keep the script's frames, lock included
             yield line
         except SystemExit as end:
             code = end.code
@@ -92,9 +92,7 @@ def refused(*words):
 
 
 def check_refused(script, flags, case):
-    """
-    The script refuses flags and case, '--flag value', in a line that has the flag; or, '--flag value : words', the words.
-    """
+    """Refused in a line that names the flag of case, '--flag value', or, of '--flag value : words', has the words."""
     more, _, words = case.partition(' : ')
     with refused(*words.split() or re.findall('--[a-z_]+', more)[:1]):
         run(script, flags, more)
@@ -266,6 +264,18 @@ def build(pe='nope', **shape):
             elif name == 'pos_bias.weight':
                 p.mul_(10)
     return model
+
+
+def set_heads(model, value, what='scale'):
+    """Temperatures of all heads, or their slopes: a number, or (n_layer, n_head)."""
+    value = torch.as_tensor(value, dtype=torch.float32).expand(model.config.n_layer, model.config.n_head)
+    for block, own in zip(model.blocks, value):
+        getattr(block.attn, what).data.copy_(own)
+
+
+def heads(model, what='scale'):
+    """-> (n_layer, n_head)"""
+    return torch.stack([getattr(block.attn, what).detach() for block in model.blocks]).cpu()
 
 
 def write_corpus(out, tokens=40_000, seed=0):

@@ -1,5 +1,6 @@
-"""What data/hf/convert.py promises: the same logits on both sides, an exact round trip, one line for what does not fit. CPU, fp32, no network."""
+"""What data/hf/convert.py promises: the same logits on both sides, an exact round trip, one line for what does not fit."""
 import copy
+import importlib
 import json
 import math
 import os
@@ -8,18 +9,22 @@ import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import conftest
+import extend
 import numpy as np
 import pytest
 import torch
-
-import extend
 import train
-from data import io
-from data.hf import convert
-from model import GPT, GPTConfig
-from test_train import BATCH, CPU, bits, corpus, refused, run      # noqa: F401 (corpus is a fixture)
+from conftest import BATCH, CPU, bits, check_refused, close, refused, run, set_heads
+from test_tokenizer import words_tokenizer
 
-main = convert.main
+from data.checkpoint import load_checkpoint, load_model, save_checkpoint
+from data.hf import convert
+from data.tokenizer import get_tokenizer
+from data.tokens import open_data
+from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
+
+STRETCHED = dict(pi=pi, ntk=ntk, yarn=yarn)
 SHAPE = dict(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48)
 LLAMA = dict(architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=60, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              hidden_size=32, intermediate_size=48, hidden_act='silu', max_position_embeddings=32, rms_norm_eps=1e-5, rope_theta=10000.0,
@@ -35,11 +40,10 @@ SCALINGS = dict(default=({}, 90), linear=(dict(rope_type='linear', factor=4.0), 
 
 def build(**shape):
     """A network of ours in which attention is not uniform and no norm is the identity."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(**SHAPE | shape)).requires_grad_(False)
-    for p in model.parameters():
-        p.mul_(2) if p.dim() == 2 else p.mul_(torch.rand(p.shape) + 0.5)
-    extend.set_heads(model, 1)
+    model = conftest.build(**SHAPE | shape).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and 'q_proj' not in name and 'k_proj' not in name:
+            p.mul_(2)
     return model
 
 
@@ -68,14 +72,14 @@ def folder(path, state, config=LLAMA, shards=1):
 
 
 def checkpoint(path, model, tokenizer='bytes', **more):
-    io.save_checkpoint(str(path), dict(model=model.state_dict(), config=asdict(model.config), optimizer=None, step=0, tokens=0, seed=0,
+    save_checkpoint(str(path), dict(model=model.state_dict(), config=asdict(model.config), optimizer=None, step=0, tokens=0, seed=0,
                                        args=dict(preset='tiny', length=model.config.block_size), fingerprint='', tokenizer=tokenizer, extended=None) | more)
     return path
 
 
 def logits(path, idx):
     with torch.no_grad():
-        return io.load_model(io.load_checkpoint(str(path)))(idx)[0]
+        return load_model(load_checkpoint(str(path)))(idx)[0]
 
 
 def config_of(path):
@@ -85,10 +89,6 @@ def config_of(path):
 
 def tokens(*shape):
     return torch.randint(60, shape, generator=torch.Generator().manual_seed(2))
-
-
-def close(a, b, tol=1e-5):
-    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def saved(monkeypatch):
 # in, without any package
 
 @pytest.mark.parametrize('pe, config, shards', [('rope', LLAMA, 1), ('rope', LLAMA, 3), ('nope', SMOLLM3, 2), ('rope', dict(SMOLLM3, no_rope_layers=[1, 1]), 1)])
-def test_a_folder_gives_our_logits(pe, config, shards, tmp_path, capsys):
+def test_a_folder_gives_our_logits(pe, config, shards, tmp_path):
     model = build(pe=pe)
     folder(tmp_path / 'hf', theirs(model.state_dict()) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(4)}, config, shards)
-    assert run(main, tmp_path / 'hf/', tmp_path / 'run/ckpt.pt') == 0 and f'pe={pe}, 2 layers' in capsys.readouterr().out
-    ckpt = io.load_checkpoint(str(tmp_path / 'run'))
+    assert f'pe={pe}, 2 layers' in run(convert, tmp_path / 'hf/', tmp_path / 'run/ckpt.pt')
+    ckpt = load_checkpoint(str(tmp_path / 'run'))
     assert bits(dict(ckpt['model'])) == bits(dict(model.state_dict())) and ckpt['config'] == asdict(model.config) and ckpt['tokenizer'] == f'hf:{tmp_path}/hf'
     assert torch.equal(logits(tmp_path / 'run', tokens(2, 50)), model(tokens(2, 50))[0])
 
@@ -122,8 +122,8 @@ def test_a_tied_head_and_half_precision(tmp_path):
     state = theirs({k: w.bfloat16() for k, w in model.state_dict().items()}, tied=True)
     folder(tmp_path / 'hf', state, dict(LLAMA, tie_word_embeddings=True))
     torch.save(state, tmp_path / 'hf/pytorch_model.bin', _use_new_zipfile_serialization=False)      # as before torch 1.6
-    assert run(main, tmp_path / 'hf', tmp_path / 'ckpt.pt') == 0
-    ckpt = io.load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
+    run(convert, tmp_path / 'hf', tmp_path / 'ckpt.pt')
+    ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
     assert torch.equal(ckpt['lm_head.weight'].float(), model.embed.weight) and ckpt['embed.weight'].dtype == torch.bfloat16 and ckpt['blocks.0.attn.scale'].dtype == torch.float32
     assert ckpt['embed.weight'].untyped_storage().data_ptr() == ckpt['lm_head.weight'].untyped_storage().data_ptr()
     assert torch.equal(logits(tmp_path / 'ckpt.pt', tokens(2, 9)), model(tokens(2, 9))[0])
@@ -133,9 +133,9 @@ def test_dropping_rope(tmp_path):
     yarn = dict(rope_scaling=SCALINGS['yarn'][0], max_position_embeddings=128)
     for name, config in ('llama', LLAMA | yarn), ('mixed', dict(SMOLLM3, no_rope_layers=[1, 0])):
         folder(tmp_path / name, theirs(build(pe='rope').state_dict()), config)
-        assert run(main, tmp_path / name, tmp_path / f'{name}.pt', '--pe nope') == 0
+        run(convert, tmp_path / name, tmp_path / f'{name}.pt', '--pe nope')
         assert torch.equal(logits(tmp_path / f'{name}.pt', tokens(2, 50)), build(pe='nope')(tokens(2, 50))[0])
-        c = io.load_checkpoint(str(tmp_path / f'{name}.pt'))['config']
+        c = load_checkpoint(str(tmp_path / f'{name}.pt'))['config']
         assert c['block_size'] == 32 and c['rope_inv_freq'] is None
 
 
@@ -159,18 +159,19 @@ def test_rope_scaling_is_read(kind, form, tmp_path):
     if kind in want:
         np.testing.assert_allclose(c.rope_inv_freq, want[kind], rtol=1e-12)
     if kind in ('yarn', 'attention_factor'):
-        np.testing.assert_allclose(c.rope_inv_freq, extend.yarn(GPTConfig(**SHAPE, rope_theta=5000), 128)[0])
+        np.testing.assert_allclose(c.rope_inv_freq, yarn(GPTConfig(**SHAPE, rope_theta=5000), 128)[0])
     assert lam == pytest.approx(dict(yarn=(0.1 * math.log(4) + 1) ** 2, attention_factor=1.44, longrope=1 + math.log(4) / math.log(32)).get(kind, 1))
     assert (c.rope_inv_freq is None) == (kind == 'default')
 
 
 def test_the_other_scripts_open_it(corpus, tmp_path):
-    vocab = io.open_data(corpus, 'val')[1]['vocab_size']
+    vocab = open_data(corpus, 'val')[1]['vocab_size']
     folder(tmp_path / 'hf', theirs(build(pe='rope', vocab_size=vocab).state_dict()), dict(LLAMA, vocab_size=vocab, rope_scaling=SCALINGS['linear'][0]))
-    assert run(main, tmp_path / 'hf', tmp_path / 'run/ckpt.pt') == 0
-    assert run(train.main, BATCH, f'--preset tiny --init_from {tmp_path}/run --pe nope --steps 1 --length 32 --data {corpus} --out {tmp_path}/drope') == 0
+    run(convert, tmp_path / 'hf', tmp_path / 'run/ckpt.pt')
+    run(train, BATCH, f'--preset tiny --init_from {tmp_path}/run --pe nope --steps 1 --length 32 --data {corpus} --out {tmp_path}/drope')
     flags = f'--ckpt {tmp_path}/run --data {corpus} --method uniform --length 64 --batch 2 --grid 1,1.2 --lengths 32,64 --eval_tokens 64 {CPU}'
-    assert run(extend.main, flags) == 0 and io.load_checkpoint(f'{tmp_path}/run/uniform-64.pt')['extended']['length'] == 64
+    run(extend, flags)
+    assert load_checkpoint(f'{tmp_path}/run/uniform-64.pt')['extended']['length'] == 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,14 +185,15 @@ def test_round_trip_is_exact(case, saved, tmp_path):
     if case == 'tuned longer':
         more = dict(args=dict(preset='tiny', length=100))
     if case in ('pi', 'yarn'):
-        model.config.rope_inv_freq, lam = extend.ROPE[case](model.config, 100)       # s is no round number
-        extend.set_heads(model, lam)
+        model.config.rope_inv_freq, lam = STRETCHED[case](model.config, 100)       # s is no round number
+        set_heads(model, lam)
         more = dict(extended=dict(length=100))
     if case == 'llama3':
         model.config.rope_inv_freq = convert.read_scaling(model.config, SCALINGS[case][0], 32)[0]
     checkpoint(tmp_path / 'a.pt', model, **more)
-    assert run(main, tmp_path / 'a.pt', tmp_path / 'hf') == 0 and run(main, tmp_path / 'hf', tmp_path / 'b.pt') == 0
-    a, b, config = io.load_checkpoint(str(tmp_path / 'a.pt')), io.load_checkpoint(str(tmp_path / 'b.pt')), config_of(tmp_path / 'hf')
+    run(convert, tmp_path / 'a.pt', tmp_path / 'hf')
+    run(convert, tmp_path / 'hf', tmp_path / 'b.pt')
+    a, b, config = load_checkpoint(str(tmp_path / 'a.pt')), load_checkpoint(str(tmp_path / 'b.pt')), config_of(tmp_path / 'hf')
     assert bits(dict(a['model'])) == bits(dict(b['model']))
     assert {k: v for k, v in a['config'].items() if k != 'rope_inv_freq'} == {k: v for k, v in b['config'].items() if k != 'rope_inv_freq'}
     if a['config']['rope_inv_freq']:
@@ -206,16 +208,18 @@ def test_round_trip_is_exact(case, saved, tmp_path):
 def test_temperatures_fold(saved, tmp_path):
     for pe in 'nope', 'rope':
         model = build(pe=pe)
-        extend.set_heads(model, torch.rand(2, 4) + 0.5)
-        extend.set_heads(model, torch.rand(2, 4) - 0.5, 'slope')                 # is as it stands at 64 tokens
+        set_heads(model, torch.rand(2, 4) + 0.5)
+        set_heads(model, torch.rand(2, 4) - 0.5, 'slope')                 # is as it stands at 64 tokens
         checkpoint(tmp_path / f'{pe}.pt', model, extended=dict(length=64))
-        assert run(main, tmp_path / f'{pe}.pt', tmp_path / pe) == 0 and run(main, tmp_path / pe, tmp_path / f'{pe}-2.pt') == 0
-        ours = io.load_checkpoint(str(tmp_path / f'{pe}-2.pt'))
+        run(convert, tmp_path / f'{pe}.pt', tmp_path / pe)
+        run(convert, tmp_path / pe, tmp_path / f'{pe}-2.pt')
+        ours = load_checkpoint(str(tmp_path / f'{pe}-2.pt'))
         assert all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale')) and ours['config']['block_size'] == 32
         assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale', 'slope')}
         close(logits(tmp_path / f'{pe}-2.pt', idx := tokens(2, 64)), model(idx)[0])
         # folded in fp32, rounded once
-        assert run(main, tmp_path / f'{pe}.pt', tmp_path / f'{pe}-bf16', '--dtype bf16') == 0 and config_of(tmp_path / f'{pe}-bf16')['torch_dtype'] == 'bfloat16'
+        run(convert, tmp_path / f'{pe}.pt', tmp_path / f'{pe}-bf16', '--dtype bf16')
+        assert config_of(tmp_path / f'{pe}-bf16')['torch_dtype'] == 'bfloat16'
         full, half = (torch.load(f'{tmp_path}/{pe}{x}/pytorch_model.bin') for x in ('', '-bf16'))
         assert list(half) == list(full) and all(torch.equal(half[k], w.bfloat16()) for k, w in full.items())
 
@@ -223,14 +227,15 @@ def test_temperatures_fold(saved, tmp_path):
 def test_any_frequencies_can_be_named(saved, tmp_path):
     model = build(pe='rope')
     c = model.config
-    nearly = [f * (1 + i * 1e-5) for i, f in enumerate(extend.pi(c, 128)[0])]
-    for name, freq, lam in (('ntk', *extend.ntk(c, 128)), ('searched', [1.0, 0.05, 0.004, 0.0003], 1), ('nearly pi', nearly, 1), ('mixed', extend.yarn(c, 96)[0], 1.3)):
+    nearly = [f * (1 + i * 1e-5) for i, f in enumerate(pi(c, 128)[0])]
+    for name, freq, lam in (('ntk', *ntk(c, 128)), ('searched', [1.0, 0.05, 0.004, 0.0003], 1), ('nearly pi', nearly, 1), ('mixed', yarn(c, 96)[0], 1.3)):
         name = name.replace(' ', '-')
         c.rope_inv_freq = freq
-        extend.set_heads(model, lam)
+        set_heads(model, lam)
         model.inv_freq.copy_(torch.tensor(freq))
         checkpoint(tmp_path / f'{name}.pt', model, extended=dict(length=128))
-        assert run(main, tmp_path / f'{name}.pt', tmp_path / name) == 0 and run(main, tmp_path / name, tmp_path / f'{name}-2.pt') == 0
+        run(convert, tmp_path / f'{name}.pt', tmp_path / name)
+        run(convert, tmp_path / name, tmp_path / f'{name}-2.pt')
         close(logits(tmp_path / f'{name}-2.pt', tokens(2, 120)), model(tokens(2, 120))[0])
         rope = config_of(tmp_path / name)
         assert (rope['rope_theta'] > 10000, (rope['rope_scaling'] or {}).get('rope_type')) == dict(
@@ -240,19 +245,19 @@ def test_any_frequencies_can_be_named(saved, tmp_path):
             assert r['short_factor'] == r['long_factor'] and r['attention_factor'] == r['short_mscale'] == r['long_mscale'] == 1 and r['factor'] == 4
 
 
-def test_the_tokenizer_goes_along(saved, tmp_path, capsys):
+def test_the_tokenizer_goes_along(saved, tmp_path):
     hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()), config := dict(LLAMA, bos_token_id=1, eos_token_id=[2, 5], pad_token_id=-1))
     for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'README.md'):
         (tmp_path / 'hf' / name).write_text('{}')
-    assert run(main, hf, tmp_path / 'a.pt') == 0 and run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
+    run(convert, hf, tmp_path / 'a.pt')
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', 'generation_config.json', 'pytorch_model.bin', 'tokenizer.json', 'tokenizer_config.json']
     assert [config_of(tmp_path / 'out')[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')] == [1, [2, 5], None]
     for pad, want in (3, 3), (60, None), (None, None):           # one that no embedding has is left out
         (hf / 'config.json').write_text(json.dumps(dict(config, pad_token_id=pad)))
         assert convert.special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
     shutil.rmtree(hf)
-    capsys.readouterr()
-    assert run(main, tmp_path / 'a.pt', tmp_path / 'out2') == 0 and 'no tokenizer goes along' in capsys.readouterr().out
+    assert 'no tokenizer goes along' in run(convert, tmp_path / 'a.pt', tmp_path / 'out2')
     assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'pytorch_model.bin']
 
 
@@ -272,13 +277,13 @@ def test_the_tokenizer_goes_along(saved, tmp_path, capsys):
     (dict(num_key_value_heads=3), 'n_kv_head 3'), (dict(num_hidden_layers=0), 'n_layer'), (dict(hidden_size='32'), 'config.json'),
     (dict(vocab_size=60.0), 'vocab_size 60.0'), (dict(num_attention_heads=0), 'config.json'), (dict(max_position_embeddings=None), 'max_position_embeddings None'),
     (dict(intermediate_size=None), 'intermediate_size None')])
-def test_a_configuration_that_does_not_fit(change, words, tmp_path, capsys):
+def test_a_configuration_that_does_not_fit(change, words, tmp_path):
     hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()), LLAMA | change)
-    refused(capsys, main, f'{hf} {tmp_path}/ckpt.pt', f' : {words}')
+    check_refused(convert, f'{hf} {tmp_path}/ckpt.pt', f' : {words}')
     assert os.listdir(tmp_path) == ['hf']
 
 
-def test_files_that_do_not_fit(tmp_path, capsys, monkeypatch):
+def test_files_that_do_not_fit(tmp_path, monkeypatch):
     state = theirs(build(pe='rope').state_dict())
 
     def case(words, change=None, config=LLAMA, shards=1, flags=''):
@@ -288,7 +293,7 @@ def test_files_that_do_not_fit(tmp_path, capsys, monkeypatch):
             change(hf)
         elif isinstance(change, dict):
             torch.save({**state, **change}, hf / 'pytorch_model.bin')
-        refused(capsys, main, f'{hf} {tmp_path}/ckpt.pt', f'{flags} : {words}')
+        check_refused(convert, f'{hf} {tmp_path}/ckpt.pt', f'{flags} : {words}')
         assert os.listdir(tmp_path) == ['hf']            # nothing is left behind
 
     case('pytorch_model-1.bin missing index.json', lambda hf: os.remove(hf / 'pytorch_model-1.bin'), shards=2)
@@ -321,20 +326,20 @@ def test_files_that_do_not_fit(tmp_path, capsys, monkeypatch):
     hf = folder(tmp_path / 'good', state)
     checkpoint(tmp_path / 'there.pt', build())
     for out, words in (tmp_path, 'ckpt.pt'), (tmp_path / 'name', 'ckpt.pt'), (tmp_path / 'there.pt', 'exists already'):
-        refused(capsys, main, f'{hf} {out}', f' : {words}')
-    refused(capsys, main, f'{hf} {tmp_path}/x.pt --pe rope', '')
+        check_refused(convert, f'{hf} {out}', f' : {words}')
+    check_refused(convert, f'{hf} {tmp_path}/x.pt --pe rope', '')
 
 
-def test_a_checkpoint_that_does_not_fold(saved, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     def case(words, model, flags='', out='hf', **more):
-        refused(capsys, main, f'{checkpoint(tmp_path / "ckpt.pt", model, **more)} {tmp_path / out}', f'{flags} : {words}')
+        check_refused(convert, f'{checkpoint(tmp_path / "ckpt.pt", model, **more)} {tmp_path / out}', f'{flags} : {words}')
         assert not (tmp_path / 'hf').exists() and not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
 
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
     case('qk_norm', build(qk_norm=True))
     sloped = build()
-    extend.set_heads(sloped, 0.1, 'slope')
+    set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
     case('rope_start 4 n-hat', build(pe='rope', rope_start=4, rope_inv_freq=[1.0, 0.1, 0.01, 0.001]))
     case('--pe --init_from', build(pe='rope'), '--pe nope')
@@ -345,8 +350,8 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, capsys, monkeypatch):
     short = build()
     del short.blocks[1].mlp
     case('do not fit blocks.1.mlp', short)
-    refused(capsys, main, f'{tmp_path}/nowhere {tmp_path}/hf', ' : nowhere neither Hugging Face config.json checkpoint')
-    refused(capsys, main, f'{tmp_path}/full {tmp_path}/hf', ' : full neither config.json checkpoint')
+    check_refused(convert, f'{tmp_path}/nowhere {tmp_path}/hf', ' : nowhere neither Hugging Face config.json checkpoint')
+    check_refused(convert, f'{tmp_path}/full {tmp_path}/hf', ' : full neither config.json checkpoint')
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     case('pip install safetensors', build())
 
@@ -398,12 +403,13 @@ def test_llama_in_and_out(kind, hf, tmp_path):
     theta = dict(rope_theta=5000.0, **rope or dict(rope_type='default'))
     model = random_llama(hf, tie_word_embeddings=tied, num_key_value_heads=4 if kind == 'linear' else 1, max_position_embeddings=longest, rope_parameters=theta)
     model.save_pretrained(tmp_path / 'hf', max_shard_size='20KB' if kind in ('default', 'dynamic') else '1GB')
-    assert run(main, tmp_path / 'hf', tmp_path / 'a.pt') == 0 and run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
+    run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     ours, back = same(model, tmp_path / 'a.pt', T), load(hf, tmp_path / 'out')
     if kind != 'default':                            # the scaling counts
-        plain = copy.deepcopy(io.load_checkpoint(str(tmp_path / 'a.pt')))
+        plain = copy.deepcopy(load_checkpoint(str(tmp_path / 'a.pt')))
         plain['config']['rope_inv_freq'] = None
-        assert (io.load_model(plain)(tokens(2, T))[0] - ours).abs().max() > 0.01
+        assert (load_model(plain)(tokens(2, T))[0] - ours).abs().max() > 0.01
     same(back, tmp_path / 'a.pt', T)
     assert back.config.tie_word_embeddings == tied and back.config.max_position_embeddings == longest
     if kind in ('default', 'linear', 'yarn', 'llama3'):          # nothing was folded
@@ -416,7 +422,8 @@ def test_llama_in_and_out(kind, hf, tmp_path):
 def test_smollm3_in_and_out(rows, hf, tmp_path):
     model = random_llama(hf, 'SmolLM3For', no_rope_layers=[0, 0], pad_token_id=None, bos_token_id=1, eos_token_id=2, tie_word_embeddings=rows == 3)
     model.save_pretrained(tmp_path / 'hf', max_shard_size='20KB' if rows == 3 else '1GB')
-    assert run(main, tmp_path / 'hf', tmp_path / 'a.pt') == 0 and run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
+    run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     same(model, tmp_path / 'a.pt', 90)
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 90)
@@ -425,7 +432,7 @@ def test_smollm3_in_and_out(rows, hf, tmp_path):
     llama = random_llama(hf, tie_word_embeddings=rows == 3)
     llama.load_state_dict(model.state_dict())
     llama.save_pretrained(tmp_path / 'llama')
-    assert run(main, tmp_path / 'llama', tmp_path / 'b.pt', '--pe nope') == 0
+    run(convert, tmp_path / 'llama', tmp_path / 'b.pt', '--pe nope')
     assert torch.equal(logits(tmp_path / 'b.pt', tokens(2, 90)), logits(tmp_path / 'a.pt', tokens(2, 90)))
     assert (llama(tokens(2, 90)).logits - model(tokens(2, 90)).logits).abs().max() > 0.1
 
@@ -434,38 +441,35 @@ def test_smollm3_in_and_out(rows, hf, tmp_path):
 def test_what_extend_makes_runs_there(method, hf, tmp_path):
     model = build(pe='nope' if method == 'head' else 'rope')
     c, lam = model.config, torch.rand(2, 4) * 2 + 0.5
-    if method in extend.ROPE:
-        c.rope_inv_freq, lam = extend.ROPE[method](c, 128)
+    if method in STRETCHED:
+        c.rope_inv_freq, lam = STRETCHED[method](c, 128)
     if method == 'longrope':
-        c.rope_inv_freq, lam = [f / r for f, r in zip(extend.rope_frequencies(c), (1, 1.3, 2.9, 5))], 1 + math.log(4) / math.log(32)
-    extend.set_heads(model, lam)
+        c.rope_inv_freq, lam = [f / r for f, r in zip(rope_frequencies(c), (1, 1.3, 2.9, 5))], 1 + math.log(4) / math.log(32)
+    set_heads(model, lam)
     checkpoint(tmp_path / 'a.pt', model, extended=dict(length=128))
-    assert run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 120)
     assert back.config.max_position_embeddings == 128 and type(back).__name__ == ('SmolLM3' if method == 'head' else 'Llama') + 'ForCausalLM'
     if not method.startswith('head'):
         assert back.config.rope_parameters['rope_type'] == dict(pi='linear', ntk='default').get(method, method)
     # greedy and cached, past the training length and past the extended one
-    idx, ours = tokens(1, 100), io.load_model(io.load_checkpoint(str(tmp_path / 'a.pt')))
+    idx, ours = tokens(1, 100), load_model(load_checkpoint(str(tmp_path / 'a.pt')))
     there = back.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(there, ours.generate(idx, 40, temperature=0))
-    assert run(main, tmp_path / 'a.pt', tmp_path / 'half', '--dtype fp16') == 0
+    run(convert, tmp_path / 'a.pt', tmp_path / 'half', '--dtype fp16')
     same(load(hf, tmp_path / 'half').float(), tmp_path / 'a.pt', 120, tol=0.1)
 
 
 def test_a_tokenizer_of_theirs(hf, tmp_path):
-    tokenizers = pytest.importorskip('tokenizers')
-    words = {w: i for i, w in enumerate(['<s>', '</s>', '<unk>', 'the', 'grass', 'is', 'green'])}
-    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<unk>'))
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    hf.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', unk_token='<unk>').save_pretrained(tmp_path / 'words')
-    # trained here on its ids, then written with it: a folder without config.json
+    """Trained here on its ids, then written with it: a folder without config.json."""
+    words_tokenizer(tmp_path / 'words')
     checkpoint(tmp_path / 'a.pt', build(vocab_size=7), tokenizer=f'hf:{tmp_path}/words')
-    assert run(main, tmp_path / 'a.pt', tmp_path / 'out') == 0
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     there = hf.AutoTokenizer.from_pretrained(tmp_path / 'out', local_files_only=True)
-    ours = io.get_tokenizer(f'hf:{tmp_path}/out')
-    assert there.encode('the grass is green', add_special_tokens=False) == ours.encode('the grass is green') == [3, 4, 5, 6] and ours.bos == 0
+    ours = get_tokenizer(f'hf:{tmp_path}/out')
+    assert there.encode('the grass is green', add_special_tokens=False) == ours.encode('the grass is green')
+    assert ours.encode('the grass is green') == [3, 4, 5, 6]
     assert load(hf, tmp_path / 'out').config.bos_token_id == config_of(tmp_path / 'out')['eos_token_id'] == 0
 
 
@@ -473,16 +477,24 @@ def test_a_tokenizer_of_theirs(hf, tmp_path):
 def test_the_passkey_grid_through_generate(pe, qk_norm, hf, tmp_path, monkeypatch):
     """results/bench.py --passkey: their greedy decoding gives our tokens, and as many keys."""
     from results import bench
+    bench_home = getattr(bench, 'io', bench)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(SHAPE, vocab_size=101, block_size=96), pe=pe, qk_norm=qk_norm))
     for p in model.parameters():                     # sharp enough that no two tokens are level
         if p.dim() == 2:
             p.data *= 3
     path = checkpoint(tmp_path / 'ckpt.pt', model, 'passkey')
-    monkeypatch.setattr(io, 'write_csv', lambda *_: None)
-    monkeypatch.setattr(io, 'read_csv', lambda _: [])
-    monkeypatch.setattr(io, 'default_lengths', lambda _: [48, 96, 128])
+    monkeypatch.setattr(bench_home, 'write_csv', lambda *_: None)
+    monkeypatch.setattr(bench_home, 'read_csv', lambda _: [])
+    monkeypatch.setattr(bench_home, 'default_lengths', lambda _: [48, 96, 128])
     made = bench.passkey(SimpleNamespace(passkey=path, device='cpu', rounds=1))
     assert [row['length'] for row in made] == [96, 128]
     for row in made:
         assert row['decoded_alike'] == row['prompts'] == 20 and row['our_hits'] == row['their_hits']
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)
+    monkeypatch.delitem(sys.modules, 'data.hf.harness', raising=False)
+    with refused('lm-evaluation-harness', 'pip install lm-eval'):
+        importlib.import_module('data.hf.harness')

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 import eval_passkey
 import extend
 import train
-from data import io
+from data.checkpoint import frozen
+from data.runtime import Env
 from model import GPT, GPTConfig, PRESETS
 
 T, V = 2**14, 32000
-ENV = {dtype: SimpleNamespace(rank=0, world=1, master=False, device='cpu', dtype=dtype, print=lambda *_: None,
-                              autocast=lambda on=dtype == 'bf16': torch.autocast('cpu', torch.bfloat16, enabled=on)) for dtype in ('fp32', 'bf16')}
+ENV = dict(fp32=Env(), bf16=Env(dtype='bf16'))
 ARGS = SimpleNamespace(length=T, batch=1, micro_batch=1, seed=3, method='head', lr=0.03, steps=1, focus=True, compile=False, activation_checkpointing=False,
                        grid=[1.0, 1.5], grid_batches=1, eval_tokens=2 * T)
 DATA = np.zeros(2 * T + 1, dtype=np.uint16)          # a split of .bin data, and a document
@@ -72,7 +72,7 @@ def recorded(pe='nope', dtype=None, n_layer=2):
     with torch.device('meta'):                       # before the mode: parameters that are fake cannot change their dtype
         model = GPT(GPTConfig(**PRESETS['tinyllama'] | dict(n_layer=n_layer, vocab_size=V, pe=pe, block_size=T if pe == 'learned' else 2048)))
     if dtype:
-        io.frozen(model, SimpleNamespace(device='meta', dtype=dtype))
+        frozen(model, Env(device='meta', dtype=dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as seen:
         yield seen, model.to_empty(device='cpu')
 

@@ -177,7 +177,7 @@ train.main()
 
 
 def faulty(step, number, **where):
-    """python's arguments for a train.py that sends itself a signal at_step(step), where its environment holds `where`."""
+    """Arguments of python for a train.py that sends itself a signal at_step(step), if its environment holds `where`."""
     return ['-c', FAULTY.format(where=where, step=step, number=int(number))]
 
 
@@ -315,7 +315,8 @@ def test_a_process_that_hangs_or_is_killed_ends_the_job(number, rank, timeout, c
     ranks = []
     for r in 0, 1:
         own = dict(env, RANK=str(r), LOCAL_RANK=str(r))
-        ranks.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
     left = ranks[1 - rank]
     try:
         err = left.communicate(timeout=60)[1]        # the other one ends by itself
@@ -454,8 +455,8 @@ def test_checkpoint_form(trained):
 def test_two_compiled_processes_are_one_plain(dtype, model, corpus, tmp_path):
     """
     The path of a GPU node, here under gloo: compiled, data-parallel, gradients accumulated, rows of two lengths, bf16.
-    A fused kernel leaves out roundings to bf16 that separate kernels make, which moves the weights by up to 4e-4, as far
-    as bf16 itself does; told not to, by 1e-6.
+    A fused kernel leaves out roundings to bf16 that separate kernels make, which moves the weights by up to 4e-4, as
+    far as bf16 itself does; told not to, by 1e-6.
     """
     if dtype == 'bf16' and pick_dtype('auto', 'cpu')[0] == 'fp32':
         pytest.skip('this CPU has no bf16 arithmetic')
