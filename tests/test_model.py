@@ -2,13 +2,17 @@
 import functools
 import math
 
+import model as model_py
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, close
+from conftest import build, close, refused, run, set_heads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, t5_bucket
+from data.checkpoint import load_checkpoint, load_model
+from data.tokenizer import get_tokenizer
+from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, ntk, pi, t5_bucket, yarn
 
 L = 16                                               # the block_size of build(); most sequences here are longer
 every_pe = pytest.mark.parametrize('pe', ENCODINGS)
@@ -533,3 +537,188 @@ def test_logits_equal_transformers(pe):
     theirs.load_state_dict(state)                    # strict: every weight has its counterpart
     idx = tokens(2, 40)
     close(ours(idx)[0], theirs(idx).logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stretched frequencies
+
+STRETCHED = dict(pi=pi, ntk=ntk, yarn=yarn)
+
+
+def wide(block_size, theta=10000.0):
+    return GPTConfig(block_size=block_size, n_embd=128, n_head=2, n_kv_head=2, pe='rope', rope_theta=theta)
+
+
+PLAIN = 10000.0 ** (-np.arange(32) / 32)             # of wide(), heads of 64
+
+
+def test_pi_divides_every_frequency():
+    freq, lam = pi(wide(512), 2048)
+    np.testing.assert_allclose(freq, PLAIN / 4)
+    assert lam == 1
+
+
+def test_ntk_keeps_the_highest_frequency_and_divides_the_lowest():
+    """The factors of DroPE's eq. 10: s^(-2m / (d - 2)), so that the lowest is PI's."""
+    freq, lam = ntk(wide(512), 2048)
+    np.testing.assert_allclose(freq, PLAIN * 4.0 ** (-2 * np.arange(32) / 62))
+    assert freq[0] == 1
+    assert freq[-1] == pytest.approx(PLAIN[-1] / 4)
+    assert lam == 1
+
+
+def test_yarn_keeps_what_turns_often_and_divides_what_turns_seldom():
+    freq, lam = yarn(wide(1024), 4096)
+    ratio, turns = freq / PLAIN, 1024 * PLAIN / math.tau                 # turns within the training length
+    np.testing.assert_allclose(ratio[turns >= 32], 1)
+    np.testing.assert_allclose(ratio[turns <= 1], 1 / 4)
+    assert (np.diff(ratio) < 1e-9).all()
+    assert (ratio[turns > 20] < 0.99).any()          # in between in between
+    assert (ratio[turns < 2] > 0.26).any()
+    assert lam == pytest.approx((0.1 * math.log(4) + 1) ** 2)
+
+
+@pytest.mark.parametrize('method', STRETCHED)
+def test_nothing_is_stretched_at_the_training_length(method):
+    freq, lam = STRETCHED[method](wide(512), 512)
+    np.testing.assert_allclose(freq, PLAIN)
+    assert lam == 1
+
+
+@pytest.mark.parametrize('method, theirs', [('pi', 'linear'), ('ntk', 'dynamic'), ('yarn', 'yarn')])
+def test_stretched_frequencies_equal_transformers(method, theirs):
+    hf = pytest.importorskip('transformers')
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    rope = dict(rope_type=theirs, factor=4.0, rope_theta=10000.0)
+    if theirs == 'yarn':
+        rope['original_max_position_embeddings'] = 512
+    config = hf.LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=512, rope_parameters=rope)
+    config.standardize_rope_params()
+    more = dict(seq_len=896) if theirs == 'dynamic' else {}      # at length l the static one for s = f l / L - (f - 1)
+    freq, factor = ROPE_INIT_FUNCTIONS[theirs](config, 'cpu', **more)
+    ours, lam = STRETCHED[method](wide(512), 2048)
+    np.testing.assert_allclose(ours, freq, rtol=1e-5)
+    assert lam == pytest.approx(factor ** 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the learned gain of QKNorm
+
+def test_without_qk_gain_there_is_no_parameter():
+    assert not [name for name in build(qk_norm=True).state_dict() if 'gain' in name]
+
+
+def test_a_gain_of_one_changes_no_bit():
+    plain, gained, idx = build(qk_norm=True), build(qk_norm=True, qk_gain=True), tokens(2, 40)
+    gained.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(gained(idx)[0], plain(idx)[0])
+
+
+def test_the_gain_is_learned_and_kept():
+    model = build(qk_norm=True, qk_gain=True)
+    names = [f'blocks.{i}.attn.gain' for i in (0, 1)]
+    model(tokens(2, L), tokens(2, L))[1].backward()
+    for name in names:
+        assert name in model.state_dict()
+        assert model.get_parameter(name).shape == (4,)
+        assert (model.get_parameter(name).grad != 0).all()
+
+
+def test_the_temperature_multiplies_the_gain():
+    gained, plain, idx = build(qk_norm=True, qk_gain=True), build(qk_norm=True), tokens(2, 40)
+    gain, lam = torch.rand(2, 4) + 0.5, torch.rand(2, 4) + 0.5
+    for block, g in zip(gained.blocks, gain):
+        block.attn.gain.data.copy_(g)
+    plain.load_state_dict({k: v for k, v in gained.state_dict().items() if 'gain' not in k})
+    set_heads(gained, lam)
+    set_heads(plain, gain * lam)
+    close(gained(idx)[0], plain(idx)[0])
+
+
+def test_gain_and_temperature_fold_into_the_query_projection():
+    model, idx = build(qk_gain=True), tokens(2, 40)
+    for block in model.blocks:
+        block.attn.gain.data.uniform_(0.5, 2)
+        block.attn.scale.data.uniform_(0.5, 2)
+    heated = model(idx)[0]
+    for block in model.blocks:
+        lam = block.attn.gain.data * block.attn.scale.data
+        block.attn.q_proj.weight.data.view(4, 8, 32).mul_(lam.view(4, 1, 1))
+        block.attn.gain.data.fill_(1)
+        block.attn.scale.data.fill_(1)
+    close(model(idx)[0], heated)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a seventh encoding
+
+class LearnedRope(GPT):
+    """RoPE that learns its frequencies."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        start = self.inv_freq
+        del self.inv_freq
+        self.inv_freq = torch.nn.Parameter(start)
+
+
+class LogBias(GPT):
+    """A bias of minus the logarithm of the distance on every score, learned for each head (Chi et al. 2022, KERPLE)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.log_slope = torch.nn.Parameter(torch.ones(config.n_head))
+
+    def mask(self, pos, start, end):
+        back = pos[:, None] - torch.arange(end, device=pos.device)
+        bias = -self.log_slope[:, None, None] * (1 + back.clamp(min=0)).log()
+        return bias.masked_fill(back < 0, -math.inf)[None]
+
+
+@pytest.mark.parametrize('kind, pe, name', [(LearnedRope, 'rope', 'inv_freq'), (LogBias, 'nope', 'log_slope')])
+def test_a_seventh_encoding_is_a_subclass(kind, pe, name):
+    torch.manual_seed(0)
+    model = kind(GPTConfig(pe=pe, vocab_size=50, block_size=L, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48))
+    before, idx = model.state_dict()[name].clone(), tokens(2, L + 1)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(20):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert (model.state_dict()[name] != before).any()
+    cache = KVCache(40)                              # and it decodes past its length
+    idx = tokens(2, 40)
+    parts = [model(part, cache=cache)[0] for part in idx.split([5, 1, 34], dim=1)]
+    close(torch.cat(parts, dim=1), model(idx)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python model.py CKPT "prompt"
+
+PROMPT = ' The sky is blue.'
+
+
+def test_model_py_prints_the_prompt_and_a_continuation(trained):
+    said = run(model_py, [trained, PROMPT, '--max_new_tokens', '100', '--temperature', '0'], '--device cpu')
+    tok, model = get_tokenizer('passkey'), load_model(load_checkpoint(trained))
+    ids = torch.tensor([[tok.bos, *tok.encode(PROMPT)]])
+    new = model.generate(ids, 100, temperature=0)[0, ids.size(1):].tolist()
+    assert tok.decode(new) in said
+    assert PROMPT in said
+
+
+def test_model_py_samples_the_same_text_from_the_same_seed(trained):
+    first, again, other = (run(model_py, [trained, PROMPT], f'--seed {seed} --device cpu') for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('nowhere x', ['nowhere']), ('{trained} mauve', ['passkey vocabulary']), ('{trained} --max_new_tokens 0', ['--max'])])
+def test_model_py_refuses_what_it_cannot_do(flags, words, trained):
+    with refused(*words):
+        run(model_py, flags.format(trained=trained), '--device cpu')
