@@ -32,13 +32,15 @@ from tqdm import tqdm                                # noqa: E402
 import eval_passkey                                  # noqa: E402
 import extend                                        # noqa: E402
 import train                                         # noqa: E402
-from data import io                                  # noqa: E402
-from data.passkey import prepare as passkey          # noqa: E402
 from data.text import prepare as text                # noqa: E402
-from test_train import CPU, TINY, bits, poison, rows, start, state, wait          # noqa: E402
+from conftest import CPU, ROOT, TINY, bits, poison, refused, rows, run, start, state, steps, wait, write_corpus         # noqa: E402
+
+from data.checkpoint import find_checkpoint, load_checkpoint      # noqa: E402
+from data.figures import write_csv                   # noqa: E402
+from data.tokenizer import get_tokenizer             # noqa: E402
+from data.tokens import documents, open_data, write_data          # noqa: E402
 
 STEPS, FAULTS = 60, {}
-ROOT = os.path.dirname(train.__file__)
 
 
 def fault(name, tries, *args):
@@ -55,7 +57,7 @@ class Case:
     def __init__(self, folder):
         self.folder, self.straight, self.seconds = folder, {}, {}
         self.data = f'{folder}/data'
-        corpus(self.data)
+        write_corpus(self.data, 20_000)
 
     def flags(self, every=4, optimizer='muon', data=None):
         return f'{TINY} --steps {STEPS} --warmup 5 --eval_every {every} --optimizer {optimizer} --data {data or self.data}'
@@ -64,7 +66,7 @@ class Case:
         """-> the folder of the undisturbed run; self.seconds[folder] is how long it took."""
         if (flags, world) not in self.straight:
             out = self.straight[flags, world] = f'{self.folder}/straight-{len(self.straight)}'
-            self.timed(train.main, flags, out, world)
+            self.timed(train, flags, out, world)
         return self.straight[flags, world]
 
     def timed(self, main, flags, out, world=1):
@@ -73,10 +75,6 @@ class Case:
             assert wait(start(main, flags, '--out', out, log=f'{out}.log', world=world)) == [0] * world
             self.seconds[out] = time.time() - began
         return self.seconds[out]
-
-
-def corpus(folder, tokens=20_000, seed=0):
-    io.write_data(folder, io.get_tokenizer('passkey'), {s: passkey.generate(tokens, 0.5, 6, (seed, i)) for i, s in enumerate(('train', 'val'))}, source='')
 
 
 def one_line(log):
@@ -89,29 +87,17 @@ def one_line(log):
 
 def goes_on(case, flags, out, world=1):
     """Resumed to its end, the run is the undisturbed one, bit for bit, its log without a gap or a line twice."""
-    assert wait(start(train.main, flags, '--resume --out', out, log=f'{out}.again', world=world)) == [0] * world, Path(f'{out}.again.0').read_text()
+    assert wait(start(train, flags, '--resume --out', out, log=f'{out}.again', world=world)) == [0] * world, Path(f'{out}.again.0').read_text()
     straight = case.run(flags, world)
     assert state(out) == state(straight) and rows(out) == rows(straight)
     assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
 
 
-def refuses(main, *flags):
+def refuses(script, *flags):
     """A script in this process, that ends with exit code 2 and one line, which is returned."""
-    out, err, argv, handlers = text_io.StringIO(), text_io.StringIO(), sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = ['script.py', *' '.join(map(str, flags)).split()]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv = argv
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    lines = [x for x in re.split('[\n\r]', err.getvalue()) if x.startswith('error: ')]
-    assert code == 2 and len(lines) == 1, (code, err.getvalue())
-    return lines[0]
+    with contextlib.redirect_stdout(text_io.StringIO()), refused() as line:
+        run(script, *flags)
+    return line[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,13 +108,13 @@ def refuses(main, *flags):
 def kill(world, case, rng, out):
     flags = case.flags(every=rng.choice((1, 4)))     # 1: much of the time goes into saves
     seconds = case.seconds[case.run(flags, world)]
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', world=world)
+    ranks = start(train, flags, '--out', out, log=f'{out}.log', world=world)
     time.sleep(rng.uniform(0.1, 1) * seconds)
     rng.choice(ranks).kill()
     codes = wait(ranks)
-    assert all(codes) or io.load_checkpoint(out)['step'] == STEPS
-    if io.find_checkpoint(out):
-        io.load_checkpoint(out)                      # the last complete one opens
+    assert all(codes) or load_checkpoint(out)['step'] == STEPS
+    if find_checkpoint(out):
+        load_checkpoint(out)                      # the last complete one opens
     goes_on(case, flags, out, world)
     return 'goes on with --resume, bit for bit'
 
@@ -136,17 +122,17 @@ def kill(world, case, rng, out):
 @fault('kill -9 while tuning temperatures', 20)
 def kill_extend(case, rng, out):
     flags = f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 128 --steps 20 --batch 4 --grid 1,1.2 --grid_batches 1 --lengths 64,128 --eval_tokens 256 {CPU}'
-    seconds = case.timed(extend.main, flags, f'{case.folder}/extended')
-    ranks = start(extend.main, flags, '--out', out, log=f'{out}.log')
+    seconds = case.timed(extend, flags, f'{case.folder}/extended')
+    ranks = start(extend, flags, '--out', out, log=f'{out}.log')
     time.sleep(rng.uniform(0.2, 1) * seconds)
     ranks[0].kill()
     wait(ranks)
     if os.path.exists(f'{out}/head-128.pt'):
-        io.load_checkpoint(f'{out}/head-128.pt')
-    assert wait(start(extend.main, flags, '--out', out, log=f'{out}.log')) == [0]
+        load_checkpoint(f'{out}/head-128.pt')
+    assert wait(start(extend, flags, '--out', out, log=f'{out}.log')) == [0]
     for name in ('head-128.ppl.csv', 'head-128.entropy.csv'):
         assert Path(f'{out}/{name}').read_bytes() == Path(f'{case.folder}/extended/{name}').read_bytes()
-    assert bits(dict(io.load_checkpoint(f'{out}/head-128.pt')['model'])) == bits(dict(io.load_checkpoint(f'{case.folder}/extended/head-128.pt')['model']))
+    assert bits(dict(load_checkpoint(f'{out}/head-128.pt')['model'])) == bits(dict(load_checkpoint(f'{case.folder}/extended/head-128.pt')['model']))
     return 'the same command starts again, the same result'
 
 
@@ -154,13 +140,13 @@ def kill_extend(case, rng, out):
 def kill_grid(case, rng, out):
     flags = f'--ckpt {case.run(case.flags())} --lengths {",".join(map(str, range(80, 400, 40)))} --depths 5 --trials 4 --resume {CPU}'
     file = f'{out}/ckpt.passkey.csv'
-    seconds = case.timed(eval_passkey.main, flags, f'{case.folder}/grid')
-    ranks = start(eval_passkey.main, flags, '--out', out, log=f'{out}.log')
+    seconds = case.timed(eval_passkey, flags, f'{case.folder}/grid')
+    ranks = start(eval_passkey, flags, '--out', out, log=f'{out}.log')
     time.sleep(rng.uniform(0.2, 1) * seconds)
     ranks[0].kill()
     wait(ranks)
     kept = Path(file).read_text() if os.path.exists(file) else ''
-    assert wait(start(eval_passkey.main, flags, '--out', out, log=f'{out}.log')) == [0]
+    assert wait(start(eval_passkey, flags, '--out', out, log=f'{out}.log')) == [0]
     assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text() and Path(file).read_text().startswith(kept)
     return 'goes on with --resume after the last finished batch'
 
@@ -175,13 +161,15 @@ def damaged(case, out, change):
     good = Path(f'{out}/ckpt.pt').read_bytes()
     Path(f'{out}/ckpt.pt').write_bytes(change(good))
     try:
-        if bits(io.load_checkpoint(out)) == bits(io.load_checkpoint(straight)):
+        with contextlib.redirect_stderr(text_io.StringIO()):
+            loaded = load_checkpoint(out)
+        if bits(loaded) == bits(load_checkpoint(straight)):
             return 'only padding: what is loaded is bit-equal'
         raise AssertionError('another checkpoint was loaded')
     except SystemExit:
-        line = refuses(train.main, case.flags(), '--resume --out', out)
+        line = refuses(train, case.flags(), '--resume --out', out)
         assert 'the one before is' in line and f'{out}/ckpt.prev.pt' in line
-        io.load_checkpoint(f'{out}/ckpt.prev.pt')
+        load_checkpoint(f'{out}/ckpt.prev.pt')
         return line
 
 
@@ -214,7 +202,7 @@ def foreign(case, rng, out):
 def another(case, rng, out):
     other = case.flags(optimizer='adamw').replace('--n_embd 32', '--n_embd 64')
     shutil.copytree(case.run(other), out)
-    return refuses(train.main, case.flags(), '--resume --out', out)
+    return refuses(train, case.flags(), '--resume --out', out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +210,7 @@ def another(case, rng, out):
 
 def stopped(flags, rng, out, act, last=STEPS - 1):
     """A run in which act() happens at a random step; it ends with exit code 2 and the one line that is returned."""
-    assert wait(start(train.main, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, last), act=act)) == [2]
+    assert wait(start(train, flags, '--out', out, log=f'{out}.log', step=rng.randrange(6, last), act=act)) == [2]
     return one_line(f'{out}.log.0')
 
 
@@ -235,7 +223,7 @@ def full(case, rng, out):
     flags = case.flags()
     size = os.path.getsize(f'{case.run(flags)}/ckpt.pt')
     line = stopped(flags, rng, out, partial(limit, rng.randrange(7000, size)))           # what it prints, into a file too, is shorter
-    io.load_checkpoint(out)
+    load_checkpoint(out)
     goes_on(case, flags, out)
     return line
 
@@ -244,7 +232,7 @@ def full(case, rng, out):
 def little(case, rng, out):
     real, shutil.disk_usage = shutil.disk_usage, lambda path: real(path)._replace(free=rng.randrange(1000))
     try:
-        return refuses(train.main, case.flags(), '--out', out)
+        return refuses(train, case.flags(), '--out', out)
     finally:
         shutil.disk_usage = real
 
@@ -262,7 +250,7 @@ def read_only(case, rng, out):
     os.chmod(case.folder, 0o755)
     line = stopped(flags, rng, out, partial(forbid, out))
     os.chmod(out, 0o755)
-    io.load_checkpoint(out)
+    load_checkpoint(out)
     goes_on(case, flags, out)
     return line
 
@@ -279,10 +267,10 @@ def vanish(case, rng, out):
 @fault('SIGTERM or SIGINT to one of 2 processes', 20, 2)
 def asked_to_stop(world, case, rng, out):
     flags, number, at = case.flags(), rng.choice((signal.SIGTERM, signal.SIGINT)), rng.randrange(1, STEPS)
-    ranks = start(train.main, flags, '--out', out, log=f'{out}.log', world=world, step=at, act=partial(signal.raise_signal, number))
+    ranks = start(train, flags, '--out', out, log=f'{out}.log', world=world, step=at, act=partial(signal.raise_signal, number))
     assert wait(ranks) == [128 + number] * world
     line, = re.findall('.*: saved at step .*', Path(f'{out}.log.0').read_text())
-    assert io.load_checkpoint(out)['step'] == at     # drawn while the step before was made
+    assert load_checkpoint(out)['step'] == at     # drawn while the step before was made
     goes_on(case, flags, out, world)
     return line
 
@@ -293,7 +281,7 @@ def launcher(case, rng, out):
     with open(f'{out}.log', 'w') as log:
         p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *flags.replace(f'--steps {STEPS}', '--steps 100000 --decay_steps 60').split(), '--out', out],
                              cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=log, stderr=log)
-    while not io.find_checkpoint(out) and p.poll() is None:
+    while not find_checkpoint(out) and p.poll() is None:
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 1))
     p.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT)))
@@ -301,18 +289,19 @@ def launcher(case, rng, out):
     said = Path(f'{out}.log').read_text()
     line, = re.findall('SIG(?:TERM|INT): saved at step .*', said)
     last = int(line.split()[4].strip(';').replace(',', ''))
-    assert io.load_checkpoint(out)['step'] == last
-    assert [r['step'] for r in rows(out) if 'loss' in r] == [*range(1, last + 1)]
+    assert load_checkpoint(out)['step'] == last
+    assert steps(out) == [*range(1, last + 1)]
     return line
 
 
 @fault('NaN or Inf in the loss or the gradient on one of 2 processes', 20)
 def nan(case, rng, out):
     flags, what, at = case.flags(), rng.choice(('loss', 'infinite', 'gradient')), rng.randrange(5, STEPS)
-    assert wait(start(train.main, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [1, 1]
+    assert wait(start(train, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [1, 1]
     line = one_line(f'{out}.log.0')
-    assert f'step {at + 1}: {"gradient" if what == "gradient" else "loss"} is not finite on rank 1' in line
-    ckpt = io.load_checkpoint(out)
+    found = 'gradient is not finite' if what == 'gradient' else 'loss is not finite on rank 1'
+    assert f'step {at + 1}: {found}' in line
+    ckpt = load_checkpoint(out)
     assert ckpt['step'] == at // 4 * 4 and all(v.isfinite().all() for v in ckpt['model'].values())
     goes_on(case, flags, out, 2)
     return line
@@ -323,23 +312,23 @@ def nan(case, rng, out):
 
 @fault('data cut short under a running reader', 20)
 def shorter(case, rng, out):
-    corpus(f'{out}.data')
+    write_corpus(f'{out}.data', 20_000)
     size = os.path.getsize(f'{out}.data/train.bin')
     line = stopped(case.flags(data=f'{out}.data'), rng, out, partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)), STEPS - 30)         # and not by SIGBUS
-    io.load_checkpoint(out)
+    load_checkpoint(out)
     return line
 
 
 @fault('other data than the checkpoint saw', 5)
 def changed(case, rng, out):
-    corpus(f'{out}.data', seed=rng.randrange(1, 1000))
+    write_corpus(f'{out}.data', 20_000, rng.randrange(1, 1000))
     shutil.copytree(case.run(case.flags()), out)
-    return refuses(train.main, case.flags(data=f'{out}.data'), '--resume --out', out)
+    return refuses(train, case.flags(data=f'{out}.data'), '--resume --out', out)
 
 
 @fault('damaged data: a byte lost, an id outside the vocabulary, another type, no documents, too few tokens', 50)
 def bad_data(case, rng, out):
-    corpus(f'{out}.data')
+    write_corpus(f'{out}.data', 20_000)
     bin, meta, kind = Path(f'{out}.data/train.bin'), Path(f'{out}.data/meta.json'), rng.randrange(5)
     if kind == 0:
         bin.write_bytes(bin.read_bytes()[:-rng.randrange(1, 100)])
@@ -352,8 +341,8 @@ def bad_data(case, rng, out):
     elif kind == 3:
         meta.write_text(meta.read_text().replace('"docs"', '"pages"'))
     else:
-        io.write_data(f'{out}.data', io.get_tokenizer('passkey'), {s: [[5] * rng.randrange(0, 63)] for s in ('train', 'val')}, source='')
-    return refuses(train.main, case.flags(data=f'{out}.data'), '--out', out)
+        write_data(f'{out}.data', get_tokenizer('passkey'), {s: [[5] * rng.randrange(0, 63)] for s in ('train', 'val')}, source='')
+    return refuses(train, case.flags(data=f'{out}.data'), '--out', out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,14 +351,14 @@ def bad_data(case, rng, out):
 @fault('a second run in the folder of a living one, and after it was killed', 10)
 def two_runs(case, rng, out):
     flags = case.flags()
-    ranks = start(train.main, flags.replace(f'--steps {STEPS}', f'--steps 100000 --decay_steps {STEPS}'), '--out', out, log=f'{out}.log')
-    while not io.find_checkpoint(out):
+    ranks = start(train, flags.replace(f'--steps {STEPS}', f'--steps 100000 --decay_steps {STEPS}'), '--out', out, log=f'{out}.log')
+    while not find_checkpoint(out):
         time.sleep(0.01)
-    line = refuses(train.main, flags, '--resume --out', out)
+    line = refuses(train, flags, '--resume --out', out)
     assert 'another run is writing' in line
     ranks[0].kill()
     wait(ranks)
-    if io.load_checkpoint(out)['step'] <= STEPS:
+    if load_checkpoint(out)['step'] <= STEPS:
         goes_on(case, flags, out)                    # a dead one's lock does not block
     return line
 
@@ -377,8 +366,8 @@ def two_runs(case, rng, out):
 @fault('a model, or a length, that does not fit into memory (CPU)', 6)
 def memory(case, rng, out):
     if rng.random() < 0.5:
-        return refuses(train.main, f'{case.flags()} --micro_batch 100000000 --batch_tokens 6400000000 --min_length 64 --out', out)
-    return refuses(extend.main, f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 15000 --batch 1000000 --lengths 64,128 --eval_tokens 256 {CPU} --out', out)
+        return refuses(train, f'{case.flags()} --micro_batch 100000000 --batch_tokens 6400000000 --min_length 64 --out', out)
+    return refuses(extend, f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 15000 --batch 1000000 --lengths 64,128 --eval_tokens 256 {CPU} --out', out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,9 +386,9 @@ def strange_text(case, rng, out):
         Path(f'{out}.text/{i}.txt').write_bytes(content)
     argv = f'{out}.text --out {out} --tokenizer bytes --val 0.3'
     if strange == b'caf\xe9':
-        return refuses(text.main, argv)
-    assert wait(start(text.main, argv, log=f'{out}.log')) == [0], Path(f'{out}.log.0').read_text()
-    docs = [bytes(int(i) for i in d[1:]) for s in ('train', 'val') for d in io.documents(*io.open_data(out, s), s)]
+        return refuses(text, argv)
+    assert wait(start(text, argv, log=f'{out}.log')) == [0], Path(f'{out}.log.0').read_text()
+    docs = [bytes(int(i) for i in d[1:]) for s in ('train', 'val') for d in documents(*open_data(out, s), s)]
     assert all(max(d, default=0) < 256 for d in docs)            # no special token inside
     assert sorted(docs) == sorted(d for f in os.listdir(f'{out}.text') if (d := Path(f'{out}.text/{f}').read_bytes().decode().encode()))
     return 'stays the text that it is'
@@ -442,7 +431,7 @@ def main():
             table.append(dict(fault=name, tries=n, survived=survived, seen=' / '.join(s for s, _ in seen.most_common(3))))
             print(f'{name}: {survived} of {n}, {time.time() - at:.0f} s', flush=True)
             if args.csv:
-                io.write_csv(args.csv, table)
+                write_csv(args.csv, table)
     print(f'{sum(r["survived"] for r in table)} of {sum(r["tries"] for r in table)} survived, {time.time() - began:.0f} s')
     sys.exit(failures > 0)
 

@@ -18,8 +18,9 @@ import time
 import traceback
 
 sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-from data import io                                  # noqa: E402
-from data.passkey import prepare as passkey          # noqa: E402
+from conftest import write_corpus                    # noqa: E402
+
+from data import runtime                             # noqa: E402
 
 SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert', 'data.pg19.prepare', 'data.proof_pile.prepare',
            'data.fineweb_edu.prepare', 'data.slimpajama_starcoder.prepare')
@@ -49,14 +50,17 @@ def parser_of(module):
     class Built(Exception):
         pass
 
-    real, made = io.parser, []
+    real, made = runtime.parser, []
 
     def record(doc):
         p = real(doc)
-        p.parse_args = lambda *_: (_ for _ in ()).throw(Built())
         made.append(p)
+
+        def parse_args(*_):
+            raise Built
+        p.parse_args = parse_args
         return p
-    homes = [m for m in (io, module) if hasattr(m, 'parser')]
+    homes = [m for m in (runtime, getattr(module, 'io', None), module) if hasattr(m, 'parser')]
     for m in homes:
         m.parser = record
     try:
@@ -114,7 +118,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         os.chdir(tmp)                                # what a strange --out makes, it makes here
         names = dict(data=f'{tmp}/data', ckpt=f'{tmp}/run', text=f'{tmp}/text', jsonl=f'{tmp}/jsonl', out=f'{tmp}/out')
-        io.write_data(names['data'], io.get_tokenizer('passkey'), {s: passkey.generate(20_000, 0.5, 6, (0, i)) for i, s in enumerate(('train', 'val'))}, source='')
+        write_corpus(names['data'], 20_000)
         os.makedirs(names['text'])
         os.makedirs(names['jsonl'])
         with open(f'{tmp}/jsonl/0.jsonl', 'w') as f:

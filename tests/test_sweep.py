@@ -1,0 +1,328 @@
+"""What results/ promises: the sweep at toy size, as make reproduce runs it; its tables, comparisons and benchmarks."""
+import importlib
+import math
+import os
+import queue
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, python, refused, run
+
+import train
+from data.checkpoint import load_checkpoint
+from data.figures import read_csv, write_csv
+from results import bench, compare, fit, reproduce, stages, tables
+from results.plan import Machine, Plan
+from results.stages import Clock, Command, Stage, run_stages
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages
+
+class Jobs:
+    """In place of stages.run: commands that sleep, and may fail; what has begun is in .begun."""
+
+    def __init__(self, monkeypatch):
+        self.begun = []
+        monkeypatch.setattr(stages, 'run', self)
+
+    def __call__(self, command, threads=None, log=None):
+        self.begun.append((command.script, threads))
+        time.sleep(command.options.get('seconds', 0))
+        if command.options.get('code'):
+            sys.exit(command.options['code'])
+
+
+def stage(name, after=None, **options):
+    return Stage(name, [Command(name, options)], 'log', after)
+
+
+def ended(todo, workers, threads=None):
+    names = []
+    try:
+        for done in run_stages(todo, workers, threads, Clock(todo, workers)):
+            names.append(done.name)
+    except SystemExit as e:
+        return names, e.code
+    return names, 0
+
+
+def test_a_stage_that_fails_costs_no_other_that_runs(monkeypatch):
+    jobs = Jobs(monkeypatch)
+    todo = [stage('fails', seconds=0.1, code=3), stage('ends', seconds=0.3), stage('waits', after='ends'), stage('never')]
+    assert ended(todo, 2, 2) == (['ends'], 3)
+    assert jobs.begun == [('fails', 2), ('ends', 2)]
+
+
+@pytest.mark.parametrize('workers, order', [(1, ['slow', 'quick', 'waited']), (2, ['quick', 'waited', 'slow'])])
+def test_what_waited_begins_when_its_own_stage_is_done(workers, order, monkeypatch):
+    Jobs(monkeypatch)
+    todo = [stage('slow', seconds=0.5), stage('quick'), stage('waited', after='quick')]
+    names, code = ended(todo, workers)
+    assert code == 0
+    assert sorted(names) == sorted(order)
+    if workers == 2:
+        assert names == order
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(steps=600), ['--steps', '600']), (dict(qk_norm=False), ['--no-qk_norm']), (dict(resume=True), ['--resume']),
+    (dict(lengths=[64, 128]), ['--lengths', '64,128'])], ids=str)
+def test_options_are_flags(options, words):
+    assert stages.flags(options) == words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sweep
+
+def last_table(said):
+    return said[said.index('| loss (nats)'):said.rindex('\n\n')]
+
+
+@pytest.mark.slow
+def test_reproduce_toy(tmp_path):
+    command = ['-m', 'results.reproduce', '--scale', 'toy', '--out', tmp_path]
+    file = f'{tmp_path}/toy/table.csv'
+    names = [row.name for row in Plan('toy').rows]
+    first = python(*command)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    lines = read_csv(file)
+    assert {line['row'] for line in lines} == set(names)
+    assert all(0 <= float(line['passkey']) <= 1 for line in lines)
+    assert all(3 < float(line['loss']) < 6 for line in lines)
+    assert first.stdout.count('| = training length') == len(names)       # the heat maps
+    # once more: nothing is left to do, and the table is the same
+    again = python(*command)
+    assert again.returncode == 0
+    assert '$ python' not in again.stdout
+    assert read_csv(file) == lines
+    assert last_table(again.stdout) == last_table(first.stdout)
+    # a row that other flags made is made again, alone
+    for line in lines:
+        if line['row'] == names[-1]:
+            line['flags'] += ' --more'
+    write_csv(file, lines)
+    third = python(*command)
+    assert third.returncode == 0
+    assert f'{len(names) - 1} of {len(names)} rows are in' in third.stdout
+    assert {line['flags'] for line in read_csv(file)} == {Plan('toy', out=str(tmp_path)).recipe(row, Machine('auto'))
+                                                          for row in Plan('toy', out=str(tmp_path)).rows}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The sweep's commands run in this process, one at a time; -> the list of those that ran."""
+    ran = []
+
+    def run_here(command, threads=None, log=None):
+        ran.append(command)
+        words = command.words()
+        script, rest = (words[1], words[2:]) if words[0] == '-m' else (words[0], words[1:])
+        run(importlib.import_module(script.removesuffix('.py')), rest)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
+    monkeypatch.setattr(stages, 'run', run_here)
+    return ran
+
+
+@pytest.mark.slow
+def test_reproduce_on_real_text(tmp_path, in_process):
+    """SCALE=small at rehearsal size: NoPE, RoPE and DroPE on text files, extended and measured."""
+    for i in range(4):
+        lines = [f'Chapter {j}. It was a quiet year, and nothing came of it.' for j in range(i, 300)]
+        (tmp_path / f'text {i}.txt').write_text('\n'.join(lines))
+    said = run(reproduce, f'--scale small_toy --text {tmp_path} --tokenizer bytes --out {tmp_path}/out')
+    for row in tables.REAL:
+        assert f'| {row.name} |' in said
+    drope = load_checkpoint(f'{tmp_path}/out/small_toy/drope-1')
+    assert drope['config']['pe'] == 'nope'
+
+
+def test_the_scale_of_the_paper_takes_eight_gpus_and_shows_its_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+    with refused('takes 8 GPU'):
+        run(reproduce, f'--scale paper --out {tmp_path}')
+    said = capsys.readouterr().out
+    assert said.count('--nproc_per_node=8 train.py --preset tinyllama') == 2
+    assert 'extend.py' in said
+
+
+@pytest.mark.slow
+def test_the_table_of_encodings(tmp_path, in_process, monkeypatch):
+    """One row of each kind: an encoding, a table that ends, each length its own NTK, training on, DroPE."""
+    names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE PI, trained on', 'DroPE uniform')
+    kept = [row for row in tables.TABLES['encodings']['rows'] if row.name in names]
+    monkeypatch.setitem(tables.TABLES['encodings'], 'rows', kept)
+    flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
+    said = run(reproduce, flags)
+    plan = Plan('toy', 'encodings', str(tmp_path))
+    lines = read_csv(f'{tmp_path}/rows.csv')
+    assert [(line['row'], int(line['length'])) for line in lines] == [(r.name, n) for r in kept for n in plan.row_lengths(r)]
+    assert all(3 < float(line['loss']) < 6 for line in lines)
+    assert all(f'\n| {row.name} |' in last_table(said) for row in kept)
+    in_process.clear()
+    run(reproduce, flags)
+    assert in_process == []                          # nothing is left to do
+
+
+def test_unknown_scale_is_one_line():
+    with refused('SCALE=huge'):
+        run(reproduce, '--scale huge')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# comparing rows, fitting the best temperature
+
+@pytest.fixture
+def hits(tmp_path):
+    """Trials of three rows for two seeds, at two lengths -> {(seed, row): (2, 20)}. Those of RoPE lack a prompt."""
+    rng, found = np.random.default_rng(0), {}
+    plan, machine = Plan('tiny', 'encodings', str(tmp_path)), Machine('fp32')
+    rows = {row.name: row for row in plan.rows}
+    for seed in 1, 2:
+        for name, p in ('NoPE', 0.3), ('NoPE head', 0.6), ('RoPE', 0.5):
+            found[seed, name] = rng.random((2, 20)) < p
+            lines = []
+            for n, row in zip((256, 512), found[seed, name]):
+                lines += [dict(length=n, depth=0.5, trial=t, accuracy=int(h)) for t, h in enumerate(row)]
+            folder = plan.row_folder(rows[name], seed, machine)
+            os.makedirs(folder)
+            write_csv(f'{folder}/x.passkey.csv', lines[:39] if name == 'RoPE' else lines)
+    losses = [(1, 'NoPE', 0.5), (1, 'NoPE head', 0.4), (2, 'NoPE', 0.6), (2, 'NoPE head', 0.45)]
+    columns = [dict(seed=seed, dtype='fp32', row=name, length=256, loss=loss) for seed, name, loss in losses]
+    write_csv(f'{tmp_path}/rows.csv', columns)
+    return found
+
+
+@pytest.fixture
+def compared(hits, tmp_path):
+    return lambda a, b: run(compare, [a, b], f'--seeds 1,2 --out {tmp_path} --csv {tmp_path}/rows.csv')
+
+
+@pytest.mark.parametrize('i, times', [(0, 1), (1, 2)])
+def test_a_difference_is_paired_and_has_its_standard_error(i, times, hits, compared):
+    d = np.stack([hits[s, 'NoPE head'][i].astype(float) - hits[s, 'NoPE'][i] for s in (1, 2)])           # (seed, prompt)
+    error, each = d.mean(0).std(ddof=1) / np.sqrt(20), d.mean(1)
+    star = '*' if abs(d.mean()) >= 2 * error and each.prod() >= 0 else ''
+    want = f'| {times}x | {100 * d.mean():+.1f} ±{100 * error:.1f}{star} | {100 * each[0]:+.0f}, {100 * each[1]:+.0f} |'
+    assert want in compared('NoPE head', 'NoPE')
+
+
+def test_the_loss_is_compared_by_seed(compared):
+    assert '| -0.1250 | -0.1000, -0.1500 |' in compared('NoPE head', 'NoPE')
+
+
+def test_a_row_does_not_differ_from_itself(compared):
+    assert '| 1x | +0.0 ±0.0 | +0, +0 | +0.0000 |' in compared('NoPE', 'NoPE')
+
+
+@pytest.mark.parametrize('row, words', [
+    ('NoPe', ['no row "NoPe"']), ('RoPE', ['other prompts at 512']), ('ALiBi', ['has no passkey.csv'])])
+def test_rows_that_cannot_be_compared_are_refused(row, words, compared):
+    with refused(*words):
+        compared(row, 'NoPE')
+
+
+def test_without_losses_nothing_is_compared(compared, tmp_path):
+    os.remove(tmp_path / 'rows.csv')
+    with refused('rows.csv has no rows'):
+        compared('NoPE head', 'NoPE')
+
+
+def test_the_best_temperature_grows_with_the_logarithm_of_the_length():
+    s = np.array([1.5, 2, 4, 8])
+    assert fit.fit(s, 1 + 0.3 * np.log(s)) == (pytest.approx(0.3), pytest.approx(1))
+    lam = np.array([1.2, 1.2, 1.5, 1.6])             # by a general solver, and R2 by its definition
+    a, r2 = fit.fit(s, lam)
+    assert a == pytest.approx(np.linalg.lstsq(np.log(s)[:, None], lam - 1, rcond=None)[0][0])
+    assert r2 == pytest.approx(1 - ((lam - 1 - a * np.log(s)) ** 2).mean() / lam.var())
+
+
+def test_the_lowest_point_of_a_curve():
+    assert fit.lowest([(x, 2 + (x - 1.23) ** 2) for x in (1.6, 1.0, 1.2, 1.4)]) == pytest.approx(1.23)
+    assert fit.lowest([(1.0, 2.0), (1.1, 2.1), (1.2, 2.3)]) == 1         # the edge of the grid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the demonstration, the benchmarks, the faults
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists(f'{ROOT}/results/demo/nope.pt'), reason='results/demo is not there')
+def test_the_demo_finds_keys_and_goes_on(tmp_path):
+    done = python('-m', 'results.demo', '--depths', 2, '--trials', 1, '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('| NoPE') == 3
+
+
+def test_the_demo_without_its_models_is_refused(tmp_path):
+    with refused('nope.pt is missing'):
+        run(importlib.import_module('results.demo'), '--models', tmp_path)
+
+
+def test_models_that_are_not_those_of_made_json_are_refused(trained, tmp_path):
+    for name in 'nope', 'uniform', 'head':
+        shutil.copyfile(f'{trained}/ckpt.pt', tmp_path / f'{name}.pt')
+    (tmp_path / 'made.json').write_text('{"sha256": {"nope": "0"}}')
+    with refused('nope.pt', 'made.json'):
+        run(importlib.import_module('results.demo'), '--models', tmp_path)
+
+
+SMALL = dict(vocab_size=101, block_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, n_inner=32)
+
+
+@pytest.mark.parametrize('what', ['train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy'])
+def test_what_a_step_costs(what):
+    answer = queue.Queue()
+    bench.once(what, 96, SMALL, 'fp32', answer)
+    seconds, mb = answer.get()
+    assert 0 < seconds < 10
+    assert 0 <= mb < 1000
+
+
+def test_arithmetic_is_that_of_one_layer_written_out():
+    C, inner, T = 8, 24, 100
+    shape = dict(vocab_size=101, n_layer=1, n_head=2, n_kv_head=2, n_embd=C, n_inner=inner)
+    params = 4 * C * C + 3 * C * inner + 101 * C + 3 * C + 2 * 2         # and norms, and temperatures and slopes
+    assert bench.expected('train', T, shape) == (T * (6 * params + 12 * C * T), params)
+    assert bench.expected('entropy', T, shape) == (T * (6 * params + 18 * C * T), params)
+
+
+@pytest.mark.slow
+def test_the_exponents_in_the_csv_are_slopes_of_that_arithmetic():
+    for row in read_csv(f'{ROOT}/results/costs.csv'):
+        what, n, width = row['what'], int(row['length']), int(row['width'])
+        if row['grows_by'] == 'length' and n > 1024:
+            less = n // 2 if n == 32768 else n // 4
+            shape = dict(vocab_size=101, n_layer=4, n_head=4, n_kv_head=4, n_embd=width, n_inner=width)
+            ratio = bench.expected(what, n, shape)[0] / bench.expected(what, less, shape)[0]
+            assert float(row['arithmetic_exponent']) == pytest.approx(math.log(ratio) / math.log(n / less), abs=0.006)
+
+
+@pytest.mark.slow
+def test_perplexity_beside_bare_forward_passes(monkeypatch):
+    monkeypatch.setattr(getattr(bench, 'io', bench), 'write_csv', lambda file, rows: None)
+    row, = bench.perplexity(SimpleNamespace(device='cpu', preset=None, lengths=[32], rounds=1))
+    assert row['windows'] * row['stride'] == 2**15
+    assert 0.1 < float(row['times']) < 10
+
+
+@pytest.mark.parametrize('size, n', [('tiny', 6), ('tinyllama', 5)])
+def test_train_takes_the_flags_of_what_is_raced(size, n, tmp_path):
+    made = bench.contenders(SimpleNamespace(nanogpt='nanoGPT', steps=4, device='cpu'), str(tmp_path), size)
+    ours = {name: command for name, (command, _) in made.items() if f'{tmp_path}/ours' in command}
+    assert len(ours) == n
+    for name, command in ours.items():
+        args = train.parse_args(command.split()[2:])
+        assert (args.steps, args.preset) == (4, size)
+        assert args.dtype == ('fp32' if 'fp32' in name else 'bf16')
+        assert (args.n_embd is None) == ('preset' in name)
+
+
+@pytest.mark.slow
+def test_a_small_campaign_of_faults():
+    """A fiftieth of tests/campaign.py, random command lines among it."""
+    done = python('-m', 'tests.campaign', '--share', '0.02')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(' 0 failed') == 10, done.stdout
