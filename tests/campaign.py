@@ -25,20 +25,19 @@ from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-import numpy as np                                   # noqa: E402
-import torch                                         # noqa: E402
-from tqdm import tqdm                                # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from conftest import CPU, ROOT, TINY, bits, poison, refused, rows, run, start, state, steps, wait, write_corpus  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-import eval_passkey                                  # noqa: E402
-import extend                                        # noqa: E402
-import train                                         # noqa: E402
-from data.text import prepare as text                # noqa: E402
-from conftest import CPU, ROOT, TINY, bits, poison, refused, rows, run, start, state, steps, wait, write_corpus         # noqa: E402
-
-from data.checkpoint import find_checkpoint, load_checkpoint      # noqa: E402
-from data.figures import write_csv                   # noqa: E402
-from data.tokenizer import get_tokenizer             # noqa: E402
-from data.tokens import documents, open_data, write_data          # noqa: E402
+import eval_passkey  # noqa: E402
+import extend  # noqa: E402
+import train  # noqa: E402
+from data.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from data.figures import write_csv  # noqa: E402
+from data.text import prepare as text  # noqa: E402
+from data.tokenizer import get_tokenizer  # noqa: E402
+from data.tokens import documents, open_data, write_data  # noqa: E402
 
 STEPS, FAULTS = 60, {}
 

@@ -2,6 +2,7 @@
 What the tests share: a script run as a user would run it (run, python, torchrun, start), a command that must be refused
 in one line (refused), one corpus, one trained checkpoint, one small model. CPU, fp32, one thread, no network.
 """
+import csv
 import importlib
 import json
 import math
@@ -226,6 +227,13 @@ def state(out):
     """All of a run's last checkpoint but the flags that it was started with."""
     ckpt = load_checkpoint(str(out))
     return bits({k: v for k, v in ckpt.items() if k != 'args'})
+
+
+def table(file):
+    """A csv file's columns and rows; numbers as floats."""
+    with open(file) as f:
+        columns, *lines = csv.reader(f)
+    return columns, [[float(x) for x in line] for line in lines]
 
 
 def weights(path):

@@ -18,9 +18,9 @@ import time
 import traceback
 
 sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-from conftest import write_corpus                    # noqa: E402
+from conftest import write_corpus  # noqa: E402
 
-from data import runtime                             # noqa: E402
+from data import runtime  # noqa: E402
 
 SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert', 'data.pg19.prepare', 'data.proof_pile.prepare',
            'data.fineweb_edu.prepare', 'data.slimpajama_starcoder.prepare')

@@ -16,9 +16,10 @@ lm_eval = pytest.importorskip('lm_eval')
 transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')
 
-from data.hf import convert, harness                 # noqa: E402
-from test_hf import build, checkpoint                # noqa: E402
-from conftest import refused, run                    # noqa: E402
+from conftest import refused, run  # noqa: E402
+from test_hf import build, checkpoint  # noqa: E402
+
+from data.hf import convert, harness  # noqa: E402
 
 # the seven tasks of the paper's Table 1 are of these three forms; each here as a task of lm-evaluation-harness on a local file
 TASKS = dict(

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import conftest
-import extend
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import BATCH, CPU, bits, check_refused, close, refused, run, set_heads
 from test_tokenizer import words_tokenizer
 
+import extend
+import train
 from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
 from data.tokenizer import get_tokenizer

@@ -23,7 +23,7 @@ import extend
 import train
 from data.checkpoint import frozen
 from data.runtime import Env
-from model import GPT, GPTConfig, PRESETS
+from model import GPT, PRESETS, GPTConfig
 
 T, V = 2**14, 32000
 ENV = dict(fp32=Env(), bf16=Env(dtype='bf16'))

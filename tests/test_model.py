@@ -2,7 +2,6 @@
 import functools
 import math
 
-import model as model_py
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from conftest import build, close, refused, run, set_heads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model as model_py
 from data.checkpoint import load_checkpoint, load_model
 from data.tokenizer import get_tokenizer
 from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, ntk, pi, t5_bucket, yarn

@@ -1,5 +1,4 @@
 """What train.py promises: exact resume after any stop, any number of processes, and one line for each bad input."""
-import json
 import math
 import os
 import re
