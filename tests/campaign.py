@@ -3,7 +3,7 @@ A campaign of faults behind results/faults.csv: each is tried many times, at ran
 time the promise about it is checked. Nothing may be lost, and the user sees one line that says what to do.
 
     python -m tests.campaign --csv results/faults.csv      # the whole of it; 12 minutes on 2 cores
-    python -m tests.campaign --share 0.02                  # the short form, as make test runs it: a fiftieth of the tries, one at least
+    python -m tests.campaign --share 0.02                  # the short form, as make test-all runs it: a fiftieth
     python -m tests.campaign --only kill                   # faults whose name holds the word
 """
 import argparse
@@ -27,7 +27,22 @@ from pathlib import Path
 sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from conftest import CPU, ROOT, TINY, bits, poison, refused, rows, run, start, state, steps, wait, write_corpus  # noqa: E402
+from conftest import (  # noqa: E402
+    CPU,
+    ROOT,
+    TINY,
+    bits,
+    poison,
+    python,
+    refused,
+    rows,
+    run,
+    start,
+    state,
+    steps,
+    wait,
+    write_corpus,
+)
 from tqdm import tqdm  # noqa: E402
 
 import eval_passkey  # noqa: E402
@@ -43,7 +58,7 @@ STEPS, FAULTS = 60, {}
 
 
 def fault(name, tries, *args):
-    """A function (case, rng, folder of its own, *args) -> what the user saw, which raises where the promise does not hold."""
+    """A function (case, rng, folder of its own, *args) -> what the user saw, which raises where the promise fails."""
     def note(f):
         FAULTS[name] = tries, partial(f, *args)
         return f
@@ -59,7 +74,9 @@ class Case:
         write_corpus(self.data, 20_000)
 
     def flags(self, every=4, optimizer='muon', data=None):
-        return f'{TINY} --steps {STEPS} --warmup 5 --eval_every {every} --optimizer {optimizer} --data {data or self.data}'
+        return (
+            f'{TINY} --steps {STEPS} --warmup 5 --eval_every {every} --optimizer {optimizer} --data {data or self.data}'
+        )
 
     def run(self, flags, world=1):
         """-> the folder of the undisturbed run; self.seconds[folder] is how long it took."""
@@ -86,7 +103,9 @@ def one_line(log):
 
 def goes_on(case, flags, out, world=1):
     """Resumed to its end, the run is the undisturbed one, bit for bit, its log without a gap or a line twice."""
-    assert wait(start(train, flags, '--resume --out', out, log=f'{out}.again', world=world)) == [0] * world, Path(f'{out}.again.0').read_text()
+    assert wait(start(train, flags, '--resume --out', out, log=f'{out}.again', world=world)) == [0] * world, Path(
+        f'{out}.again.0'
+    ).read_text()
     straight = case.run(flags, world)
     assert state(out) == state(straight) and rows(out) == rows(straight)
     assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
@@ -120,7 +139,8 @@ def kill(world, case, rng, out):
 
 @fault('kill -9 while tuning temperatures', 20)
 def kill_extend(case, rng, out):
-    flags = f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 128 --steps 20 --batch 4 --grid 1,1.2 --grid_batches 1 --lengths 64,128 --eval_tokens 256 {CPU}'
+    flags = (f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 128 --steps 20 --batch 4 '
+             f'--grid 1,1.2 --grid_batches 1 --lengths 64,128 --eval_tokens 256 {CPU}')
     seconds = case.timed(extend, flags, f'{case.folder}/extended')
     ranks = start(extend, flags, '--out', out, log=f'{out}.log')
     time.sleep(rng.uniform(0.2, 1) * seconds)
@@ -131,13 +151,16 @@ def kill_extend(case, rng, out):
     assert wait(start(extend, flags, '--out', out, log=f'{out}.log')) == [0]
     for name in ('head-128.ppl.csv', 'head-128.entropy.csv'):
         assert Path(f'{out}/{name}').read_bytes() == Path(f'{case.folder}/extended/{name}').read_bytes()
-    assert bits(dict(load_checkpoint(f'{out}/head-128.pt')['model'])) == bits(dict(load_checkpoint(f'{case.folder}/extended/head-128.pt')['model']))
+    assert bits(dict(load_checkpoint(f'{out}/head-128.pt')['model'])) == bits(
+        dict(load_checkpoint(f'{case.folder}/extended/head-128.pt')['model'])
+    )
     return 'the same command starts again, the same result'
 
 
 @fault('kill -9 in a passkey grid', 20)
 def kill_grid(case, rng, out):
-    flags = f'--ckpt {case.run(case.flags())} --lengths {",".join(map(str, range(80, 400, 40)))} --depths 5 --trials 4 --resume {CPU}'
+    lengths = ','.join(map(str, range(80, 400, 40)))
+    flags = f'--ckpt {case.run(case.flags())} --lengths {lengths} --depths 5 --trials 4 --resume {CPU}'
     file = f'{out}/ckpt.passkey.csv'
     seconds = case.timed(eval_passkey, flags, f'{case.folder}/grid')
     ranks = start(eval_passkey, flags, '--out', out, log=f'{out}.log')
@@ -146,7 +169,9 @@ def kill_grid(case, rng, out):
     wait(ranks)
     kept = Path(file).read_text() if os.path.exists(file) else ''
     assert wait(start(eval_passkey, flags, '--out', out, log=f'{out}.log')) == [0]
-    assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text() and Path(file).read_text().startswith(kept)
+    assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text() and Path(
+        file
+    ).read_text().startswith(kept)
     return 'goes on with --resume after the last finished batch'
 
 
@@ -221,7 +246,9 @@ def limit(size):
 def full(case, rng, out):
     flags = case.flags()
     size = os.path.getsize(f'{case.run(flags)}/ckpt.pt')
-    line = stopped(flags, rng, out, partial(limit, rng.randrange(7000, size)))           # what it prints, into a file too, is shorter
+    line = stopped(
+        flags, rng, out, partial(limit, rng.randrange(7000, size))
+    )  # what it prints, into a file too, is shorter
     load_checkpoint(out)
     goes_on(case, flags, out)
     return line
@@ -266,7 +293,9 @@ def vanish(case, rng, out):
 @fault('SIGTERM or SIGINT to one of 2 processes', 20, 2)
 def asked_to_stop(world, case, rng, out):
     flags, number, at = case.flags(), rng.choice((signal.SIGTERM, signal.SIGINT)), rng.randrange(1, STEPS)
-    ranks = start(train, flags, '--out', out, log=f'{out}.log', world=world, step=at, act=partial(signal.raise_signal, number))
+    ranks = start(
+        train, flags, '--out', out, log=f'{out}.log', world=world, step=at, act=partial(signal.raise_signal, number)
+    )
     assert wait(ranks) == [128 + number] * world
     line, = re.findall('.*: saved at step .*', Path(f'{out}.log.0').read_text())
     assert load_checkpoint(out)['step'] == at     # drawn while the step before was made
@@ -278,8 +307,23 @@ def asked_to_stop(world, case, rng, out):
 def launcher(case, rng, out):
     flags = case.flags()
     with open(f'{out}.log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *flags.replace(f'--steps {STEPS}', '--steps 100000 --decay_steps 60').split(), '--out', out],
-                             cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=log, stderr=log)
+        p = subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--standalone',
+                '--nproc_per_node=2',
+                'train.py',
+                *flags.replace(f'--steps {STEPS}', '--steps 100000 --decay_steps 60').split(),
+                '--out',
+                out,
+            ],
+            cwd=ROOT,
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            stdout=log,
+            stderr=log,
+        )
     while not find_checkpoint(out) and p.poll() is None:
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 1))
@@ -296,7 +340,10 @@ def launcher(case, rng, out):
 @fault('NaN or Inf in the loss or the gradient on one of 2 processes', 20)
 def nan(case, rng, out):
     flags, what, at = case.flags(), rng.choice(('loss', 'infinite', 'gradient')), rng.randrange(5, STEPS)
-    assert wait(start(train, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [1, 1]
+    assert wait(start(train, flags, '--out', out, log=f'{out}.log', world=2, step=at, act=partial(poison, what))) == [
+        1,
+        1,
+    ]
     line = one_line(f'{out}.log.0')
     found = 'gradient is not finite' if what == 'gradient' else 'loss is not finite on rank 1'
     assert f'step {at + 1}: {found}' in line
@@ -313,7 +360,13 @@ def nan(case, rng, out):
 def shorter(case, rng, out):
     write_corpus(f'{out}.data', 20_000)
     size = os.path.getsize(f'{out}.data/train.bin')
-    line = stopped(case.flags(data=f'{out}.data'), rng, out, partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)), STEPS - 30)         # and not by SIGBUS
+    line = stopped(
+        case.flags(data=f'{out}.data'),
+        rng,
+        out,
+        partial(os.truncate, f'{out}.data/train.bin', rng.randrange(size // 4)),
+        STEPS - 30,
+    )  # and not by SIGBUS
     load_checkpoint(out)
     return line
 
@@ -340,7 +393,12 @@ def bad_data(case, rng, out):
     elif kind == 3:
         meta.write_text(meta.read_text().replace('"docs"', '"pages"'))
     else:
-        write_data(f'{out}.data', get_tokenizer('passkey'), {s: [[5] * rng.randrange(0, 63)] for s in ('train', 'val')}, source='')
+        write_data(
+            f'{out}.data',
+            get_tokenizer('passkey'),
+            {s: [[5] * rng.randrange(0, 63)] for s in ('train', 'val')},
+            source='',
+        )
     return refuses(train, case.flags(data=f'{out}.data'), '--out', out)
 
 
@@ -350,7 +408,13 @@ def bad_data(case, rng, out):
 @fault('a second run in the folder of a living one, and after it was killed', 10)
 def two_runs(case, rng, out):
     flags = case.flags()
-    ranks = start(train, flags.replace(f'--steps {STEPS}', f'--steps 100000 --decay_steps {STEPS}'), '--out', out, log=f'{out}.log')
+    ranks = start(
+        train,
+        flags.replace(f'--steps {STEPS}', f'--steps 100000 --decay_steps {STEPS}'),
+        '--out',
+        out,
+        log=f'{out}.log',
+    )
     while not find_checkpoint(out):
         time.sleep(0.01)
     line = refuses(train, flags, '--resume --out', out)
@@ -365,8 +429,15 @@ def two_runs(case, rng, out):
 @fault('a model, or a length, that does not fit into memory (CPU)', 6)
 def memory(case, rng, out):
     if rng.random() < 0.5:
-        return refuses(train, f'{case.flags()} --micro_batch 100000000 --batch_tokens 6400000000 --min_length 64 --out', out)
-    return refuses(extend, f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 15000 --batch 1000000 --lengths 64,128 --eval_tokens 256 {CPU} --out', out)
+        return refuses(
+            train, f'{case.flags()} --micro_batch 100000000 --batch_tokens 6400000000 --min_length 64 --out', out
+        )
+    return refuses(
+        extend,
+        f'--ckpt {case.run(case.flags())} --data {case.data} --method head --length 15000 --batch 1000000',
+        f'--lengths 64,128 --eval_tokens 256 {CPU} --out',
+        out,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +451,18 @@ def command_lines(case, rng, out):
 @fault('text: empty, one letter, no UTF-8, special tokens, control characters', 50)
 def strange_text(case, rng, out):
     os.makedirs(f'{out}.text')
-    strange = rng.choice((b'', b'x', b'caf\xe9', b'<|endoftext|>' * 5, b'\0\1\2', '\ufeff\u200b 🙂'.encode(), b'<s> </s>\r\n' * 3, b'one word ' * 200_000))
+    strange = rng.choice(
+        (
+            b'',
+            b'x',
+            b'caf\xe9',
+            b'<|endoftext|>' * 5,
+            b'\0\1\2',
+            '\ufeff\u200b 🙂'.encode(),
+            b'<s> </s>\r\n' * 3,
+            b'one word ' * 200_000,
+        )
+    )
     for i, content in enumerate((strange, *[b'Some plain text of a book. ' * rng.randrange(5, 50) for _ in range(5)])):
         Path(f'{out}.text/{i}.txt').write_bytes(content)
     argv = f'{out}.text --out {out} --tokenizer bytes --val 0.3'
@@ -388,9 +470,43 @@ def strange_text(case, rng, out):
         return refuses(text, argv)
     assert wait(start(text, argv, log=f'{out}.log')) == [0], Path(f'{out}.log.0').read_text()
     docs = [bytes(int(i) for i in d[1:]) for s in ('train', 'val') for d in documents(*open_data(out, s), s)]
-    assert all(max(d, default=0) < 256 for d in docs)            # no special token inside
-    assert sorted(docs) == sorted(d for f in os.listdir(f'{out}.text') if (d := Path(f'{out}.text/{f}').read_bytes().decode().encode()))
+    assert all(max(d, default=0) < 256 for d in docs)  # no special token inside
+    assert sorted(docs) == sorted(
+        d for f in os.listdir(f'{out}.text') if (d := Path(f'{out}.text/{f}').read_bytes().decode().encode())
+    )
     return 'stays the text that it is'
+
+
+def tried(f, case, name, n, seed, prefix):
+    """-> how many of n tries survived, and a Counter of what was said, without its numbers and folders."""
+    survived, seen = 0, Counter()
+    for i in tqdm(range(n), desc=name[:50], dynamic_ncols=True):
+        rng, out = random.Random(f'{seed} {name} {i}'), f'{prefix}-{i}'
+        try:
+            said = f(case, rng, out).replace(out, 'OUT').replace(case.folder, 'TMP')
+            survived += 1
+            seen[re.sub(r'\d[\d,.]*', 'N', said)] += 1
+        except (Exception, SystemExit):
+            print(f'\n{name}, try {i}:\n{traceback.format_exc()}', flush=True)
+        finally:
+            folder, _, number = prefix.rpartition('/')
+            for path in Path(folder).glob(f'{number}-{i}*'):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return survived, seen
+
+
+def fuzzed(n, seed):
+    """n random command lines for each of the ten scripts, by tests/fuzz.py -> (tries, survived, Counter)."""
+    done = python('-m', 'tests.fuzz', '--n', n, '--seed', seed)
+    print(done.stdout, done.stderr[-2000:])
+    survived = ran = turned_away = 0
+    pattern = r'(\d+) command lines, (\d+) ran, (\d+) refused in one line, (\d+) failed'
+    # a script that is killed prints nothing
+    for lines, ok, refusals, failed in re.findall(pattern, done.stdout):
+        survived += int(lines) - int(failed)
+        ran += int(ok)
+        turned_away += int(refusals)
+    return 10 * n, survived, Counter({f'{ran} ran, {turned_away} refused in one line': 1})
 
 
 def main():
@@ -406,32 +522,19 @@ def main():
         for name, (tries, f) in FAULTS.items():
             if args.only not in name:
                 continue
-            n, seen, survived, at = max(1, round(tries * args.share)), Counter(), 0, time.time()
+            n, at = max(1, round(tries * args.share)), time.time()
             if f.func is command_lines:
-                p = subprocess.run([sys.executable, '-m', 'tests.fuzz', '--n', str(max(1, n // 10)), '--seed', str(args.seed)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
-                print(p.stdout)
-                n = 10 * max(1, n // 10)
-                survived = sum(int(a) - int(b) for a, b in re.findall(r'(\d+) command lines.* (\d+) failed', p.stdout))       # a script that is killed prints nothing
-                print(p.stderr[-2000:])
-                seen[f'{sum(int(x) for x in re.findall("([0-9]+) ran", p.stdout))} ran, {sum(int(x) for x in re.findall("([0-9]+) refused", p.stdout))} refused in one line'] = n
+                n, survived, seen = fuzzed(max(1, n // 10), args.seed)
             else:
-                for i in tqdm(range(n), desc=name[:50], dynamic_ncols=True):
-                    rng, out = random.Random(f'{args.seed} {name} {i}'), f'{tmp}/{len(table)}-{i}'
-                    try:
-                        said = f(case, rng, out)
-                        survived += 1
-                        seen[re.sub(r'\d[\d,.]*', 'N', said.replace(out, 'OUT').replace(tmp, 'TMP'))] += 1
-                    except (Exception, SystemExit):
-                        print(f'\n{name}, try {i}:\n{traceback.format_exc()}', flush=True)
-                    finally:
-                        for path in Path(tmp).glob(f'{len(table)}-{i}*'):
-                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                survived, seen = tried(f, case, name, n, args.seed, f'{tmp}/{len(table)}')
             failures += n - survived
-            table.append(dict(fault=name, tries=n, survived=survived, seen=' / '.join(s for s, _ in seen.most_common(3))))
+            often = ' / '.join(said for said, _ in seen.most_common(3))
+            table.append(dict(fault=name, tries=n, survived=survived, seen=often))
             print(f'{name}: {survived} of {n}, {time.time() - at:.0f} s', flush=True)
             if args.csv:
                 write_csv(args.csv, table)
-    print(f'{sum(r["survived"] for r in table)} of {sum(r["tries"] for r in table)} survived, {time.time() - began:.0f} s')
+    survived, tries = sum(row['survived'] for row in table), sum(row['tries'] for row in table)
+    print(f'{survived} of {tries} survived, {time.time() - began:.0f} s')
     sys.exit(failures > 0)
 
 

@@ -1,6 +1,6 @@
 """
-Random command lines for every script, made from the parsers' own definitions: valid values, wrong ones, and flags that do
-not go together. Each must end with exit code 0 or 2, and with 2 in one line; never with a traceback.
+Random command lines for every script, made from the parsers' own definitions: valid values, wrong ones, and flags that
+do not go together. Each must end with exit code 0 or 2, and with 2 in one line; never with a traceback.
 
     python -m tests.fuzz --n 500 [--seed 0] [--only train]
 """
@@ -18,31 +18,97 @@ import time
 import traceback
 
 sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-from conftest import write_corpus  # noqa: E402
+from conftest import TINY, write_corpus  # noqa: E402
 
 from data import runtime  # noqa: E402
 
-SCRIPTS = ('train', 'extend', 'eval_passkey', 'data.passkey.prepare', 'data.text.prepare', 'data.hf.convert', 'data.pg19.prepare', 'data.proof_pile.prepare',
-           'data.fineweb_edu.prepare', 'data.slimpajama_starcoder.prepare')
-TINY = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 --batch_tokens 256 --min_length 16 --micro_batch 2 --eval_tokens 256 --device cpu --dtype fp32'
+SCRIPTS = (
+    'train',
+    'extend',
+    'eval_passkey',
+    'data.passkey.prepare',
+    'data.text.prepare',
+    'data.hf.convert',
+    'data.pg19.prepare',
+    'data.proof_pile.prepare',
+    'data.fineweb_edu.prepare',
+    'data.slimpajama_starcoder.prepare',
+)
 # what keeps a valid run short; a random flag after it may take its place
 BASE = {
     'train': TINY + ' --steps 2 --data {data} --out {out}',
-    'extend': '--ckpt {ckpt} --data {data} --method none --length 128 --steps 2 --batch 2 --grid 1,1.2 --grid_batches 1 --population 4 --iterations 1 --lengths 64,96 '
-              '--eval_tokens 128 --device cpu --out {out}',
+    'extend': '--ckpt {ckpt} --data {data} --method none --length 128 --steps 2 --batch 2 --grid 1,1.2 '
+    '--grid_batches 1 --population 4 --iterations 1 --lengths 64,96 '
+    '--eval_tokens 128 --device cpu --out {out}',
     'eval_passkey': '--ckpt {ckpt} --lengths 96 --depths 2 --trials 1 --device cpu --out {out}',
     'data.passkey.prepare': '--out {out} --tokens 3000',
     'data.text.prepare': '{text} --out {out} --tokenizer bytes',
     'data.hf.convert': '{ckpt} {out}',
-    **{f'data.{name}.prepare': '--source {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000' for name in ('pg19', 'proof_pile')},
+    **{
+        f'data.{name}.prepare': '--source {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000'
+        for name in ('pg19', 'proof_pile')
+    },
     'data.fineweb_edu.prepare': '--source {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000 --val 0.3',
-    'data.slimpajama_starcoder.prepare': '--slimpajama {jsonl} --starcoder {jsonl} --out {out} --tokenizer bytes --workers 1 --tokens 2000 --val 0.3',
+    'data.slimpajama_starcoder.prepare': '--slimpajama {jsonl} --starcoder {jsonl} --out {out} --tokenizer bytes '
+    '--workers 1 --tokens 2000 --val 0.3',
 }
-NUMBERS = ('0', '-1', '1', '2', '3', '7', '16', '64', '96', '100', '128', '1e-3', '0.5', '1e9', '99999999999', '-0.0', 'nan', 'inf', '-inf', '', 'x', '1,2', '0x10', '१')
-SHORT = ('0', '-1', '1', '2', '3', '7', '16', '', 'x', 'nan', '1.5')         # of what would take hours: --steps 1e9 is a wish
+NUMBERS = (
+    '0',
+    '-1',
+    '1',
+    '2',
+    '3',
+    '7',
+    '16',
+    '64',
+    '96',
+    '100',
+    '128',
+    '1e-3',
+    '0.5',
+    '1e9',
+    '99999999999',
+    '-0.0',
+    'nan',
+    'inf',
+    '-inf',
+    '',
+    'x',
+    '1,2',
+    '0x10',
+    '१',
+)
+SHORT = ('0', '-1', '1', '2', '3', '7', '16', '', 'x', 'nan', '1.5')  # of what would take hours: --steps 1e9 is a wish
 LONG = {'steps', 'iterations', 'population', 'trials', 'depths', 'grid_batches', 'batch', 'tokens', 'eval_tokens'}
-WORDS = ('', 'x', 'nowhere', '-', '--', '../', 'a b', '\n', 'ü', '0', 'auto', 'cpu', 'cuda', 'cuda:7', 'best', 'gpt2x', 'bytes', 'hf:nowhere', '{data}', '{ckpt}', '{ckpt}/ckpt.pt',
-         '{data}/val.bin', '{out}', '/dev/null', '/proc/nope', '{text}', 'figure.word')
+WORDS = (
+    '',
+    'x',
+    'nowhere',
+    '-',
+    '--',
+    '../',
+    'a b',
+    '\n',
+    'ü',
+    '0',
+    'auto',
+    'cpu',
+    'cuda',
+    'cuda:7',
+    'best',
+    'gpt2x',
+    'bytes',
+    'hf:nowhere',
+    '{data}',
+    '{ckpt}',
+    '{ckpt}/ckpt.pt',
+    '{data}/val.bin',
+    '{out}',
+    '/dev/null',
+    '/proc/nope',
+    '{text}',
+    'figure.word',
+)
 
 
 def parser_of(module):
@@ -122,32 +188,71 @@ def main():
         os.makedirs(names['text'])
         os.makedirs(names['jsonl'])
         with open(f'{tmp}/jsonl/0.jsonl', 'w') as f:
-            f.writelines(json.dumps(dict(text=f'some text {i}, again and again. ' * 9, content=f'x = {i}\n' * 9, meta=dict(redpajama_set_name='RedPajamaBook'))) + '\n' for i in range(40))
+            f.writelines(
+                json.dumps(
+                    dict(
+                        text=f'some text {i}, again and again. ' * 9,
+                        content=f'x = {i}\n' * 9,
+                        meta=dict(redpajama_set_name='RedPajamaBook'),
+                    )
+                )
+                + '\n'
+                for i in range(40)
+            )
         for i in range(4):
             with open(f'{tmp}/text/{i}.txt', 'w') as f:
                 f.write('some text, again and again. ' * 200)
-        assert one(importlib.import_module('train'), (BASE['train'].format(**{**names, 'out': names['ckpt']}) + ' --no-qk_norm').split())[0] == 0
+        assert (
+            one(
+                importlib.import_module('train'),
+                (BASE['train'].format(**{**names, 'out': names['ckpt']}) + ' --no-qk_norm').split(),
+            )[0]
+            == 0
+        )
         for name in [args.only] if args.only else SCRIPTS:
-            module, rng, codes, began = importlib.import_module(name), random.Random(f'{args.seed} {name}'), {0: 0, 2: 0}, time.time()
-            actions = [a for a in parser_of(module)._actions if a.dest not in ('help', 'compile')]      # compiling takes minutes
+            module, rng, codes, began = (
+                importlib.import_module(name),
+                random.Random(f'{args.seed} {name}'),
+                {0: 0, 2: 0},
+                time.time(),
+            )
+            actions = [
+                a for a in parser_of(module)._actions if a.dest not in ('help', 'compile')
+            ]  # compiling takes minutes
             for i in range(args.n):
                 out = f'{tmp}/{name}-{i}'
                 line = BASE[name].format(**{**names, 'out': out}).split()
                 for a in rng.sample(actions, rng.randint(0, 4)):
                     flag = rng.choice(a.option_strings) if a.option_strings else None
                     # argparse takes --flag=value where the value begins with a dash
-                    line += ([flag] if flag else []) if a.nargs == 0 else [f'{flag}={value(rng, a)}' if flag else value(rng, a)]
+                    line += (
+                        ([flag] if flag else [])
+                        if a.nargs == 0
+                        else [f'{flag}={value(rng, a)}' if flag else value(rng, a)]
+                    )
                 line = [x.format(**{**names, 'out': out}) for x in line]
                 if rng.random() < 0.1:
-                    line.insert(rng.randint(0, len(line)), rng.choice(('--nonsense', '--le=3', '-x', 'stray', '--seed', '--out')))
+                    line.insert(
+                        rng.randint(0, len(line)),
+                        rng.choice(('--nonsense', '--le=3', '-x', 'stray', '--seed', '--out')),
+                    )
                 code, wrong = one(module, line)
-                if not wrong and code == 2 and os.path.isdir(out) and [f for f in os.listdir(out) if f.endswith('.tmp')]:
+                if (
+                    not wrong
+                    and code == 2
+                    and os.path.isdir(out)
+                    and [f for f in os.listdir(out) if f.endswith('.tmp')]
+                ):
                     wrong = f'half a file is left: {os.listdir(out)}'
                 codes[code] = codes.get(code, 0) + 1
                 if wrong:
                     failures += 1
                     print(f'\n{name} {" ".join(line)}\n{wrong}', flush=True)
-            print(f'{name}: {args.n} command lines, {codes[0]} ran, {codes[2]} refused in one line, {sum(v for k, v in codes.items() if k not in (0, 2))} failed, {time.time() - began:.0f} s', flush=True)
+            print(
+                f'{name}: {args.n} command lines, {codes[0]} ran, {codes[2]} refused in one line, '
+                f'{args.n - codes[0] - codes[2]} failed, {time.time() - began:.0f} s',
+                flush=True,
+            )
         os.chdir(here)
     sys.exit(failures > 0)
 

@@ -88,10 +88,19 @@ def test_tuning_changes_the_temperatures_only(extended, trained):
     changed = {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])}
     assert changed == {f'blocks.{i}.attn.scale' for i in (0, 1)} and list(old['model']) == list(new['model'])
     assert all(new['model'][k].dtype == torch.float32 and new['model'][k].min() >= 1 for k in changed)
-    assert {k for k in old if bits(old[k]) != bits(new[k])} == {'model', 'optimizer', 'extended'} and new['optimizer'] is None
+    assert {k for k in old if bits(old[k]) != bits(new[k])} == {'model', 'optimizer', 'extended'} and new[
+        'optimizer'
+    ] is None
     how = new['extended']
-    assert how['method'] == 'head' and how['length'] == 128 and len(how['losses']) == 4 and [lam for lam, _ in how['curve']] == [0.8, 1, 1.2]
-    assert how['tokens'] == (4 + 3) * 4 * 128 and how['heads'] == [b.tolist() for k, b in new['model'].items() if k.endswith('scale')]
+    assert (
+        how['method'] == 'head'
+        and how['length'] == 128
+        and len(how['losses']) == 4
+        and [lam for lam, _ in how['curve']] == [0.8, 1, 1.2]
+    )
+    assert how['tokens'] == (4 + 3) * 4 * 128 and how['heads'] == [
+        b.tolist() for k, b in new['model'].items() if k.endswith('scale')
+    ]
 
 
 @pytest.mark.parametrize('focus', [True, False])
@@ -115,7 +124,9 @@ def test_tuning_follows_the_paper(focus):
         lam = lam - lr * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
         lam = lam.clamp(min=1) if focus else lam
     torch.testing.assert_close(heads(model).double(), lam, atol=1e-4, rtol=0)
-    assert (lam.min() >= 1) == focus and lam.std() > 0.05 and 0 < clipped
+    assert (lam.min() >= 1) == focus
+    assert lam.std() > 0.05
+    assert clipped > 0
 
 
 @pytest.mark.parametrize('pe', ENCODINGS)
@@ -124,8 +135,14 @@ def test_matrices_kept_in_bf16_change_no_number(pe):
     env, found = Env(dtype='bf16'), []
     for keep in frozen, lambda model, env: model:
         model = keep(build(pe=pe, block_size=64), env)
-        assert {p.dtype for n, p in model.named_parameters() if n.endswith('proj.weight')} == {torch.bfloat16 if keep is frozen else torch.float32}
-        assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if not n.endswith(('proj.weight', 'head.weight')))
+        assert {p.dtype for n, p in model.named_parameters() if n.endswith('proj.weight')} == {
+            torch.bfloat16 if keep is frozen else torch.float32
+        }
+        assert all(
+            p.dtype == torch.float32
+            for n, p in model.named_parameters()
+            if not n.endswith(('proj.weight', 'head.weight'))
+        )
         x = torch.from_numpy(some(2, 24).astype('int64'))
         with torch.no_grad(), env.autocast():
             found.append([model(x)[0], model(x, x)[1], model.generate(x, 8, temperature=0)])
@@ -135,20 +152,30 @@ def test_matrices_kept_in_bf16_change_no_number(pe):
 
 def test_tuning_in_bf16_saves_the_weights_as_they_were(trained, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr('data.runtime.pick_dtype', lambda *_: ('bf16', 'emulated where the CPU has none'))
-    run(extend, HEAD.replace('--dtype fp32', ''), f'--dtype bf16 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}')
+    run(
+        extend,
+        HEAD.replace('--dtype fp32', ''),
+        f'--dtype bf16 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}',
+    )
     old, new = load_checkpoint(trained), load_checkpoint(f'{tmp_path}/head-128.pt')
-    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {f'blocks.{i}.attn.scale' for i in (0, 1)}
+    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {
+        f'blocks.{i}.attn.scale' for i in (0, 1)
+    }
 
 
 def test_a_model_shares_its_weights_with_the_checkpoint(trained):
     ckpt = load_checkpoint(trained)
     model = load_model(ckpt)
     assert all(p.data_ptr() == ckpt['model'][k].data_ptr() for k, p in model.state_dict().items())
-    assert {k for k, p in model.named_parameters() if not p.requires_grad} == {f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')}
+    assert {k for k, p in model.named_parameters() if not p.requires_grad} == {
+        f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')
+    }
     for dtype in torch.float32, torch.bfloat16:      # a converted one, its head and embedding one tensor there
         ckpt['model']['embed.weight'] = ckpt['model']['lm_head.weight'] = ckpt['model']['embed.weight'].to(dtype)
         model = load_model(ckpt)
-        assert {p.dtype for p in model.parameters()} == {torch.float32} and model.embed.weight.data_ptr() != model.lm_head.weight.data_ptr()
+        assert {p.dtype for p in model.parameters()} == {
+            torch.float32
+        } and model.embed.weight.data_ptr() != model.lm_head.weight.data_ptr()
 
 
 def test_focus_holds_at_any_rate():
@@ -166,7 +193,11 @@ def test_micro_batches_change_nothing():
     for micro in 8, 1, 3:
         model, args = build(), flags(micro_batch=micro, steps=10)
         curve = extend.uniform(model, Corpus(data, 7), args, ENV).curve
-        made.append(np.concatenate((np.array(curve)[:, 1], extend.tune(model, Corpus(data, 7), args, ENV), heads(model).flatten())))
+        made.append(
+            np.concatenate(
+                (np.array(curve)[:, 1], extend.tune(model, Corpus(data, 7), args, ENV), heads(model).flatten())
+            )
+        )
     for m in made[1:]:
         np.testing.assert_allclose(m, made[0], atol=1e-5)
 
@@ -199,7 +230,8 @@ def test_the_grid_and_the_tuning_see_different_batches(monkeypatch):
 
 @pytest.mark.parametrize('init', ['best', '1.3'])
 def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
-    flags = f'--init {init} --steps 1 --lr 1e-9 --eval_tokens 0 --grid 1.2,1.4 --ckpt {trained} --data {corpus} --out {tmp_path}'
+    flags = f'--init {init} --steps 1 --lr 1e-9 --eval_tokens 0 --grid 1.2,1.4 --ckpt {trained} --data {corpus}'
+    flags += f' --out {tmp_path}'
     run(extend, HEAD, flags)
     how = load_checkpoint(f'{tmp_path}/head-128.pt')['extended']
     want = 1.3 if init == '1.3' else min(how['curve'], key=lambda c: c[1])[0]
@@ -211,7 +243,11 @@ def test_where_head_tuning_starts(init, trained, corpus, tmp_path):
 def uniforms(trained, corpus, tmp_path):
     """Two uniform checkpoints, for 96 and for 128 tokens."""
     for n in 96, 128:
-        run(extend, HEAD, f'--method uniform --length {n} --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}')
+        run(
+            extend,
+            HEAD,
+            f'--method uniform --length {n} --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}',
+        )
     return tmp_path
 
 
@@ -230,22 +266,44 @@ def test_fit_takes_two_lengths_made_by_uniform(uniforms, extended):
 
 @pytest.mark.parametrize('method', ['uniform-log', 'head-log'])
 def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
-    run(extend, HEAD, f'--method {method} --grid 1.2,1.6 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}')
+    run(
+        extend,
+        HEAD,
+        f'--method {method} --grid 1.2,1.6 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}',
+    )
     old, new = load_checkpoint(trained), load_checkpoint(f'{tmp_path}/{method}-128.pt')
-    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {f'blocks.{i}.attn.slope' for i in (0, 1)}
+    assert {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])} == {
+        f'blocks.{i}.attn.slope' for i in (0, 1)
+    }
     before, after, L = load_model(old), load_model(new), old['config']['block_size']
     slopes, best = heads(after, 'slope'), min(new['extended']['curve'], key=lambda c: c[1])[0]
-    assert new['extended']['slopes'] == slopes.tolist() and (slopes >= 0).all() and len(new['extended']['losses']) == (4 if method == 'head-log' else 0)
+    assert (
+        new['extended']['slopes'] == slopes.tolist()
+        and (slopes >= 0).all()
+        and len(new['extended']['losses']) == (4 if method == 'head-log' else 0)
+    )
     if method == 'uniform-log':                      # --grid names the temperature at --length
         torch.testing.assert_close(1 + slopes * math.log(128 / L), torch.full_like(slopes, best))
     # at --length it is the method without -log; the window is the base's; in between the temperature is
-    run(extend, HEAD, f'--method {method[:-4]} --grid 1.2,1.6 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}')
-    flat, idx = load_model(load_checkpoint(f'{tmp_path}/{method[:-4]}-128.pt')), torch.randint(before.config.vocab_size, (2, 128))
+    run(
+        extend,
+        HEAD,
+        f'--method {method[:-4]} --grid 1.2,1.6 --eval_tokens 0 --ckpt {trained} --data {corpus} --out {tmp_path}',
+    )
+    flat, idx = (
+        load_model(load_checkpoint(f'{tmp_path}/{method[:-4]}-128.pt')),
+        torch.randint(before.config.vocab_size, (2, 128)),
+    )
     torch.testing.assert_close(1 + slopes * math.log(128 / L), heads(flat))
     with torch.no_grad():
         torch.testing.assert_close(after(idx)[0], flat(idx)[0])
-        assert torch.equal(after(idx[:, :L])[0], before(idx[:, :L])[0]) and (after(idx[:, :L + 8])[0] != before(idx[:, :L + 8])[0]).any()
-    check_refused(extend, f'{HEAD} --ckpt {trained} --data {corpus} --method {method} --length {L}', ' : past the training length')
+        assert (
+            torch.equal(after(idx[:, :L])[0], before(idx[:, :L])[0])
+            and (after(idx[:, : L + 8])[0] != before(idx[:, : L + 8])[0]).any()
+        )
+    check_refused(
+        extend, f'{HEAD} --ckpt {trained} --data {corpus} --method {method} --length {L}', ' : past the training length'
+    )
     check_refused(extend, f'{HEAD} --ckpt {tmp_path}/{method}-128.pt --data {corpus}', ' : extended already')
 
 
@@ -256,22 +314,40 @@ def test_longrope(corpus, tmp_path):
     run(extend, flags, f'--out {tmp_path}/again')
     old, new, again = (load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
     assert new['config'] == again['config'] and bits(new['model']) == bits(again['model'])
-    lam = 1 + math.log(128 / 64) / math.log(64)      # the square of transformers' attention_factor
-    assert all(bits(v) == bits(old['model'][k]) or k.endswith('.scale') and (v == torch.tensor(lam)).all() for k, v in new['model'].items())
+    lam = 1 + math.log(128 / 64) / math.log(64)  # the square of transformers' attention_factor
+    assert all(
+        bits(v) == bits(old['model'][k]) or k.endswith('.scale') and (v == torch.tensor(lam)).all()
+        for k, v in new['model'].items()
+    )
     c, tried = GPTConfig(**new['config']), new['extended']['curve']
     divisors = np.array(rope_frequencies(c)) / c.rope_inv_freq
-    assert (divisors > 1 - 1e-5).all() and (np.diff(divisors) > -1e-5).all() and divisors.max() <= 1.25 * 128 / 64 + 1e-5 and c.rope_start in extend.N_HAT
-    assert [n for n, _ in tried] == sorted(n for n, _ in tried) and len(tried) == 4 and [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
+    assert (
+        (divisors > 1 - 1e-5).all()
+        and (np.diff(divisors) > -1e-5).all()
+        and divisors.max() <= 1.25 * 128 / 64 + 1e-5
+        and c.rope_start in extend.N_HAT
+    )
+    assert (
+        [n for n, _ in tried] == sorted(n for n, _ in tried)
+        and len(tried) == 4
+        and [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
+    )
     # the loss that it reports is that of the checkpoint, and no worse than the methods that it began with
     args = flags(length=128, batch=4, micro_batch=4, seed=314, grid_batches=1)
     data, meta = open_data(corpus, 'train')
-    assert tried[-1][1] == pytest.approx(extend.loss_of(load_model(new), Corpus(data, meta['bos']), args, ENV), abs=1e-6)
+    assert tried[-1][1] == pytest.approx(
+        extend.loss_of(load_model(new), Corpus(data, meta['bos']), args, ENV), abs=1e-6
+    )
     for name, method in STRETCHED.items():
-        seed = load_model({**old, 'config': {**old['config'], 'rope_inv_freq': method(GPTConfig(**old['config']), 128)[0]}})
+        seed = load_model(
+            {**old, 'config': {**old['config'], 'rope_inv_freq': method(GPTConfig(**old['config']), 128)[0]}}
+        )
         set_heads(seed, lam)
         assert tried[-1][1] <= extend.loss_of(seed, Corpus(data, meta['bos']), args, ENV) + 1e-6
     run(eval_passkey, f'--ckpt {tmp_path}/longrope-128.pt --lengths 96 --depths 1 --trials 1 --decode {CPU}')
-    check_refused(extend, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : extended already')
+    check_refused(
+        extend, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : extended already'
+    )
 
 
 @pytest.mark.parametrize('pe', ENCODINGS)
@@ -290,7 +366,11 @@ def test_the_whole_way(pe, corpus, tmp_path):
 @pytest.mark.parametrize('method', ['pi', 'ntk', 'yarn', 'longrope'])
 def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
     run(train, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}')
-    run(extend, HEAD, f'--method {method} --population 4 --iterations 1 --ckpt {tmp_path} --data {corpus} --eval_tokens 0')
+    run(
+        extend,
+        HEAD,
+        f'--method {method} --population 4 --iterations 1 --ckpt {tmp_path} --data {corpus} --eval_tokens 0',
+    )
     stretched = f'{tmp_path}/{method}-128.pt'
     run(train, BATCH, f'--init_from {stretched} --length 128 --steps 2 --data {corpus} --out {tmp_path}/on')
     old, new = load_checkpoint(stretched), load_checkpoint(f'{tmp_path}/on')
@@ -300,7 +380,7 @@ def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
 
 
 def test_drope(corpus, tmp_path):
-    """Gelberg et al. 2025: train with RoPE, drop it for the last eighth at the same length, then one temperature at the longer one."""
+    """Gelberg et al. 2025: RoPE is dropped for the last eighth, then one temperature at the longer length."""
     run(train, TINY, f'--pe rope --steps 7 --data {corpus} --out {tmp_path}/rope')
     for flag in '--qk_norm', '--no-qk_norm':
         out = f'{tmp_path}/{flag}'
@@ -346,7 +426,9 @@ def test_every_length_scores_the_same_tokens(stride, asked, bos):
     n = len(scored[0])
     assert min(asked, sum(max(0, len(d) - 96) // stride * stride for d in docs)) <= n < asked + 3 * stride
     assert [r['tokens'] for r in got] == [n] * 3 and [r['docs'] for r in got] == [len((scored[0] // 1000).unique())] * 3
-    assert [list(r) for r in got] == [['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']] * 3 and got[0]['ppl'] == pytest.approx(math.e)
+    assert [list(r) for r in got] == [['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']] * 3 and got[0][
+        'ppl'
+    ] == pytest.approx(math.e)
 
 
 def test_perplexity_is_the_plain_one():
@@ -360,11 +442,16 @@ def test_perplexity_is_the_plain_one():
         want.append(sum(nll) / len(nll))
     for batch_tokens in 1, 10**6:
         got = extend.perplexity(model, docs, 7, [10, 25, 40], 6, 60, ENV, batch_tokens)
-        assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(np.exp(want).tolist(), rel=1e-5)
+        assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(
+            np.exp(want).tolist(), rel=1e-5
+        )
 
 
 def test_the_papers_windows(trained, corpus, tmp_path):
-    """Wang et al.'s run_ppl.py as its protocol is described: [e - L, e) for e = L, L + S, ... < len(document), the last S tokens scored, in order up to a budget."""
+    """
+    Wang et al.'s run_ppl.py: [e - L, e) for e = L, L + S, ... < len(document), the last S tokens scored, in order up to
+    a budget.
+    """
     model, docs = build(), [some(55), some(30)[5:], some(90)]
     ref = copy.deepcopy(model).double()
     got = extend.perplexity(model, docs, 7, [20, 40], 6, 60, ENV, 200, paper=True)
@@ -377,12 +464,19 @@ def test_the_papers_windows(trained, corpus, tmp_path):
                     logp = ref(w[None, :-1])[0][0].log_softmax(-1)
                     nll += [-logp[k - 1, w[k]].item() for k in range(L - 6, L)]
                     seen.add(i)
-        assert row['nll'] == pytest.approx(sum(nll) / len(nll), abs=1e-5) and row['tokens'] == len(nll) == 60 and row['docs'] == len(seen)
-    assert [r['docs'] for r in got] == [3, 2]        # 55 tokens hold six windows of 20, but three of 40, and 25 none of 40
-    flags = f'--ckpt {trained} --data {corpus} --method none --out {tmp_path} --lengths 32,64 --stride 8 --eval_tokens 64 {CPU} --protocol paper'
+        assert (
+            row['nll'] == pytest.approx(sum(nll) / len(nll), abs=1e-5)
+            and row['tokens'] == len(nll) == 60
+            and row['docs'] == len(seen)
+        )
+    assert [r['docs'] for r in got] == [3, 2]  # 55 tokens hold six windows of 20, but three of 40, and 25 none of 40
+    flags = (f'--ckpt {trained} --data {corpus} --method none --out {tmp_path} --lengths 32,64 --stride 8 '
+             f'--eval_tokens 64 {CPU} --protocol paper')
     out = run(extend, flags)
     assert "by the paper's rule" in out and out.count('64 tokens of') == 2
-    check_refused(extend, flags.replace('32,64', '32,999999'), ' : no document of val.bin is longer than 999,999 tokens')
+    check_refused(
+        extend, flags.replace('32,64', '32,999999'), ' : no document of val.bin is longer than 999,999 tokens'
+    )
 
 
 @pytest.mark.parametrize('stride', [1, 5, 9])
@@ -396,8 +490,14 @@ def test_uniform_model_has_the_vocabulary_as_perplexity(stride):
 @pytest.mark.parametrize('block', [1, 16, 77, 256])
 def test_attention_entropy(block):
     q, k = torch.randn(3, 4, 77, 8) * 3, torch.randn(3, 2, 77, 8)
-    a = (q.double() @ k.double().repeat_interleave(2, 1).mT / 8 ** 0.5).masked_fill(torch.ones(77, 77).triu(1).bool(), -math.inf).softmax(-1)
-    torch.testing.assert_close(extend.attention_entropy(q, k, block).double(), -torch.xlogy(a, a).sum(-1).mean(0), atol=1e-5, rtol=0)
+    a = (
+        (q.double() @ k.double().repeat_interleave(2, 1).mT / 8**0.5)
+        .masked_fill(torch.ones(77, 77).triu(1).bool(), -math.inf)
+        .softmax(-1)
+    )
+    torch.testing.assert_close(
+        extend.attention_entropy(q, k, block).double(), -torch.xlogy(a, a).sum(-1).mean(0), atol=1e-5, rtol=0
+    )
     even = extend.attention_entropy(q * 0, k, block)
     torch.testing.assert_close(even, torch.arange(1, 78).log().expand(4, 77), atol=1e-5, rtol=0)
 
@@ -407,12 +507,17 @@ def test_entropies_are_those_of_the_model():
     got, want = extend.entropies(model, docs, 50, ENV), 0
     for d in docs[0], docs[2]:                       # layer 0 by hand: lambda sharpens
         x, at = model.embed(torch.from_numpy(d[:50].astype(np.int64)))[None], model.blocks[0].attn
-        q, k = (z.unflatten(-1, (-1, 8)).transpose(1, 2) for z in (at.q_proj(F.rms_norm(x, (32,))), at.k_proj(F.rms_norm(x, (32,)))))
+        q, k = (
+            z.unflatten(-1, (-1, 8)).transpose(1, 2)
+            for z in (at.q_proj(F.rms_norm(x, (32,))), at.k_proj(F.rms_norm(x, (32,))))
+        )
         want = want + extend.attention_entropy(q * at.scale[:, None, None], k, 50) / 2
     torch.testing.assert_close(got[0], want, atol=1e-3, rtol=0)
     for b in model.blocks:
         b.attn.q_proj.weight.zero_()
-    torch.testing.assert_close(extend.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        extend.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0
+    )
     assert not any(b.attn._forward_pre_hooks for b in model.blocks)
 
 
@@ -426,7 +531,9 @@ def test_entropies_see_the_bias(pe):
         a = model.pos_bias.weight.mul_(10)[t5_bucket(n.clamp(min=0))].permute(2, 0, 1)
     a = a.masked_fill(n < 0, -math.inf).double().softmax(-1)
     want = -torch.xlogy(a, a).sum(-1)
-    torch.testing.assert_close(extend.entropies(model, [some(60)], 50, ENV).double(), want.expand(2, 4, 50), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        extend.entropies(model, [some(60)], 50, ENV).double(), want.expand(2, 4, 50), atol=1e-5, rtol=0
+    )
     assert (want[:, -1] < 0.98 * math.log(50)).any()
 
 
@@ -439,7 +546,9 @@ def test_past_scores_the_tokens_of_a_longer_length(trained, corpus, tmp_path):
 
 
 def test_entropy_of_short_lengths(trained, corpus, tmp_path):
-    run(extend, f'--method none --lengths 8,20 --eval_tokens 32 --ckpt {trained} --data {corpus} --out {tmp_path} {CPU}')
+    run(
+        extend, f'--method none --lengths 8,20 --eval_tokens 32 --ckpt {trained} --data {corpus} --out {tmp_path} {CPU}'
+    )
     rows = table(tmp_path / 'ckpt.entropy.csv')[1]   # fewer than 32 positions: fewer bands, none of them empty
     assert all(math.isfinite(r[3]) and 1 <= r[2] <= 20 for r in rows)
 
@@ -448,16 +557,28 @@ def test_entropy_of_short_lengths(trained, corpus, tmp_path):
 # what the scripts write, and what opens it
 
 def test_files(extended, trained, corpus, tmp_path):
-    assert sorted(os.listdir(extended)) == ['ckpt.entropy.csv', 'ckpt.ppl.csv', 'head-128.entropy.csv', 'head-128.ppl.csv', 'head-128.pt']
+    assert sorted(os.listdir(extended)) == [
+        'ckpt.entropy.csv',
+        'ckpt.ppl.csv',
+        'head-128.entropy.csv',
+        'head-128.ppl.csv',
+        'head-128.pt',
+    ]
     columns, ppl = table(f'{extended}/head-128.ppl.csv')
-    assert columns == ['length', 'stride', 'docs', 'tokens', 'nll', 'ppl'] and [r[:2] for r in ppl] == [[n, 32] for n in (64, 96, 128)]
+    assert columns == ['length', 'stride', 'docs', 'tokens', 'nll', 'ppl'] and [r[:2] for r in ppl] == [
+        [n, 32] for n in (64, 96, 128)
+    ]
     columns, entropy = table(f'{extended}/head-128.entropy.csv')
     assert columns == ['layer', 'head', 'position', 'entropy']
     assert [r[:3] for r in entropy] == [[i, h, p] for i in (0, 1) for h in (0, 1) for p in range(4, 129, 4)]
     ckpt = f'--ckpt {extended}/head-128.pt --out {tmp_path}'
     run(extend, HEAD, '--method none --data', corpus, ckpt)                 # measures the same again
     for kind in 'ppl', 'entropy':
-        assert table(f'{tmp_path}/head-128.{kind}.csv') == table(f'{extended}/head-128.{kind}.csv') != table(f'{extended}/ckpt.{kind}.csv')
+        assert (
+            table(f'{tmp_path}/head-128.{kind}.csv')
+            == table(f'{extended}/head-128.{kind}.csv')
+            != table(f'{extended}/ckpt.{kind}.csv')
+        )
     run(eval_passkey, CPU, '--lengths 96,80 --depths 2 --trials 3', ckpt)
     columns, rows = table(tmp_path / 'head-128.passkey.csv')
     assert columns == ['length', 'depth', 'trial', 'position', 'accuracy', 'logprob']
@@ -486,7 +607,11 @@ def test_figures(trained, extended, corpus, tmp_path):
     short = f'--ckpt {trained} --data {corpus} --out {tmp_path}'
     run(extend, HEAD, short, f'--plot {tmp_path}/a.png')
     run(extend, HEAD, short, f'--method head-log --plot {tmp_path}/b.png')
-    run(eval_passkey, f'--ckpt {extended}/head-128.pt --lengths 96,128 --depths 2 --trials 1 --out {tmp_path} --plot {tmp_path}/c.png {CPU}')
+    run(
+        eval_passkey,
+        f'--ckpt {extended}/head-128.pt --lengths 96,128 --depths 2 --trials 1 --out {tmp_path}',
+        f'--plot {tmp_path}/c.png {CPU}',
+    )
     assert all((tmp_path / f'{x}.png').stat().st_size > 10_000 for x in 'abc')
     check_refused(extend, f'{HEAD} {short}', f'--plot {tmp_path}/nowhere/a.png : --plot folder')
     check_refused(extend, f'{HEAD} {short}', f'--plot {tmp_path}/a.word : --plot figure.png')
@@ -495,18 +620,57 @@ def test_figures(trained, extended, corpus, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
-@pytest.mark.parametrize('case', [
-    '--ckpt nowhere : nowhere train.py', '--ckpt {corpus} : {corpus} no checkpoint meta.json', '--ckpt {corpus}/val.bin : val.bin not a whole',
-    '--ckpt {lfs} : {lfs} not a whole', '--data nowhere : nowhere', '--data {other} : vocabulary 257', '--out {corpus}/val.bin/x', '--device cuda',
-    '--stride 0', '--stride -1', '--stride 64 : --stride 64 63', '--lengths 0,64', '--lengths -5', '--lengths 64,9000 : 9,0 val.bin --lengths',
-    '--length 0', '--length -1', '--length 70000 : --length 70,000 train.bin', '--init 0.9 : --init 0.9 focus', '--init nan', '--grid nan,1',
-    '--grid_batches 0', '--batch 0', '--micro_batch 0', '--micro_batch -1', '--batch_tokens 0', '--steps 0', '--lr 0', '--lr nan', '--seed -1',
-    '--eval_tokens -1', '--past 0', '--past 127 : --past 127 128', '--past 200 --protocol paper : --past', '--past 99999 : no document val.bin --lengths', '--population 3', '--iterations 0', *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope'))])
+@pytest.mark.parametrize(
+    'case',
+    [
+        '--ckpt nowhere : nowhere train.py',
+        '--ckpt {corpus} : {corpus} no checkpoint meta.json',
+        '--ckpt {corpus}/val.bin : val.bin not a whole',
+        '--ckpt {lfs} : {lfs} not a whole',
+        '--data nowhere : nowhere',
+        '--data {other} : vocabulary 257',
+        '--out {corpus}/val.bin/x',
+        '--device cuda',
+        '--stride 0',
+        '--stride -1',
+        '--stride 64 : --stride 64 63',
+        '--lengths 0,64',
+        '--lengths -5',
+        '--lengths 64,9000 : 9,0 val.bin --lengths',
+        '--length 0',
+        '--length -1',
+        '--length 70000 : --length 70,000 train.bin',
+        '--init 0.9 : --init 0.9 focus',
+        '--init nan',
+        '--grid nan,1',
+        '--grid_batches 0',
+        '--batch 0',
+        '--micro_batch 0',
+        '--micro_batch -1',
+        '--batch_tokens 0',
+        '--steps 0',
+        '--lr 0',
+        '--lr nan',
+        '--seed -1',
+        '--eval_tokens -1',
+        '--past 0',
+        '--past 127 : --past 127 128',
+        '--past 200 --protocol paper : --past',
+        '--past 99999 : no document val.bin --lengths',
+        '--population 3',
+        '--iterations 0',
+        *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope')),
+    ],
+)
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     lfs = tmp_path / 'lfs.pt'
     lfs.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n')
-    check_refused(extend, f'{HEAD} --ckpt {trained} --data {corpus} --out {tmp_path}/out', case.format(corpus=corpus, other=other, lfs=lfs))
+    check_refused(
+        extend,
+        f'{HEAD} --ckpt {trained} --data {corpus} --out {tmp_path}/out',
+        case.format(corpus=corpus, other=other, lfs=lfs),
+    )
     assert not list(tmp_path.glob('out/*'))          # before the work
 
 
@@ -516,7 +680,9 @@ def test_a_missing_compiler_is_known_before_the_work(corpus, trained, tmp_path, 
     assert not list(tmp_path.glob('out/*'))
 
 
-@pytest.mark.parametrize('script, more', [(extend, '--data nowhere --method none'), (eval_passkey, '')], ids=['extend', 'eval'])
+@pytest.mark.parametrize(
+    'script, more', [(extend, '--data nowhere --method none'), (eval_passkey, '')], ids=['extend', 'eval']
+)
 @pytest.mark.parametrize('flags', [
     '--device=--', '--lengths 64,many', '--lengths 64,', '--lengths 64.5', '--len 64', '--dtype fp16', '--seed one'])
 def test_bad_flags(script, more, flags, trained, tmp_path):
@@ -525,7 +691,9 @@ def test_bad_flags(script, more, flags, trained, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('script, more', [(extend, HEAD), (eval_passkey, f'--lengths 96 {CPU}')], ids=['extend', 'eval'])
+@pytest.mark.parametrize(
+    'script, more', [(extend, HEAD), (eval_passkey, f'--lengths 96 {CPU}')], ids=['extend', 'eval']
+)
 def test_learned_table_has_an_end(script, more, corpus, tmp_path):
     run(train, TINY, f'--pe learned --steps 1 --data {corpus} --out {tmp_path}')
     data = f'--data {corpus}' if script is extend else ''
@@ -534,11 +702,16 @@ def test_learned_table_has_an_end(script, more, corpus, tmp_path):
 
 
 def test_entropy_is_exact_under_autocast():
-    q, k = torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0)) * 3, torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(1))
+    q, k = (
+        torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0)) * 3,
+        torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(1)),
+    )
     with torch.autocast('cpu', torch.bfloat16):      # as it is called from a bf16 forward pass
         got = extend.attention_entropy(q, k, block=24)
     assert got.dtype == torch.float32 and torch.equal(got, extend.attention_entropy(q, k, block=24))
 
 
 def test_an_extended_checkpoint_is_not_extended_again(extended, corpus, tmp_path):
-    check_refused(extend, f'{HEAD} --ckpt {extended}/head-128.pt --data {corpus} --out {tmp_path}', ' : extended already')
+    check_refused(
+        extend, f'{HEAD} --ckpt {extended}/head-128.pt --data {corpus} --out {tmp_path}', ' : extended already'
+    )

@@ -1,8 +1,10 @@
 """
-lm-evaluation-harness, where it is installed: on an exported folder, and in process through data/hf/harness.py. CPU, fp32, no network.
+lm-evaluation-harness, where it is installed: on an exported folder, and in process through data/hf/harness.py.
 
-    COMMONSENSE=DIR pytest tests/test_harness.py     # on whole files: piqa_valid.jsonl with piqa_valid-labels.lst, and llm-foundry's
-                                                     # openbookqa_llmfoundry.jsonl and winogrande_dev_llmfoundry.jsonl, 100 items of each
+    COMMONSENSE=DIR pytest tests/test_harness.py
+
+takes 100 items each of the whole files in DIR: piqa_valid.jsonl with piqa_valid-labels.lst, and llm-foundry's
+openbookqa_llmfoundry.jsonl and winogrande_dev_llmfoundry.jsonl.
 """
 import json
 import os
@@ -21,31 +23,61 @@ from test_hf import build, checkpoint  # noqa: E402
 
 from data.hf import convert, harness  # noqa: E402
 
-# the seven tasks of the paper's Table 1 are of these three forms; each here as a task of lm-evaluation-harness on a local file
+# the seven tasks of the paper's Table 1 are of these three forms; each here is a task on a local file
 TASKS = dict(
     piqa=dict(doc_to_text='Question: {{goal}}\nAnswer:', doc_to_target='label', doc_to_choice='{{[sol1, sol2]}}'),
     openbookqa=dict(doc_to_text='query', doc_to_target='gold', doc_to_choice='choices'),
     winogrande=dict(doc_to_text='gold', doc_to_target='continuation', doc_to_choice='context_options'),
 )
-METRICS = dict(piqa=('acc', 'acc_norm'), openbookqa=('acc', 'acc_norm'), winogrande=('acc',))      # as the harness' own tasks have them
+METRICS = dict(
+    piqa=('acc', 'acc_norm'), openbookqa=('acc', 'acc_norm'), winogrande=('acc',)
+)  # as the harness' own tasks have them
 DOCS = dict(
-    piqa=[dict(goal='Boil an egg.', sol1='Put it into water that boils, for six minutes.', sol2='Put it into the oven.', label=0),
-          dict(goal='dresser', sol1='replace drawer with a pin ', sol2='finish with a pin, – then wait', label=1)],
-    openbookqa=[dict(query='There is fog around:', choices=['a marsh', 'a tundra', 'the plains', 'a desert'], gold=0),
-                dict(query='Predators eat', choices=['lions', 'humans', 'bunnies', 'grass'], gold=2)],
-    winogrande=[dict(context_options=['Sarah asked Maria because Sarah', 'Sarah asked Maria because Maria'], continuation='knew more.', gold=1),
-                dict(context_options=['The cup did not fit into the box: the cup', 'The cup did not fit into the box: the box'], continuation='was too large.', gold=0)],
+    piqa=[
+        dict(
+            goal='Boil an egg.',
+            sol1='Put it into water that boils, for six minutes.',
+            sol2='Put it into the oven.',
+            label=0,
+        ),
+        dict(goal='dresser', sol1='replace drawer with a pin ', sol2='finish with a pin, – then wait', label=1),
+    ],
+    openbookqa=[
+        dict(query='There is fog around:', choices=['a marsh', 'a tundra', 'the plains', 'a desert'], gold=0),
+        dict(query='Predators eat', choices=['lions', 'humans', 'bunnies', 'grass'], gold=2),
+    ],
+    winogrande=[
+        dict(
+            context_options=['Sarah asked Maria because Sarah', 'Sarah asked Maria because Maria'],
+            continuation='knew more.',
+            gold=1,
+        ),
+        dict(
+            context_options=['The cup did not fit into the box: the cup', 'The cup did not fit into the box: the box'],
+            continuation='was too large.',
+            gold=0,
+        ),
+    ],
 )
 
 
 def commonsense():
     """{task: documents}: the handful above, or the files of the folder COMMONSENSE."""
-    if not (folder := os.environ.get('COMMONSENSE')):
+    folder = os.environ.get('COMMONSENSE')
+    if not folder:
         return DOCS
-    read = lambda name: [json.loads(line) for line in open(f'{folder}/{name}')][:100]
-    docs = dict(piqa=read('piqa_valid.jsonl'), openbookqa=read('openbookqa_llmfoundry.jsonl'), winogrande=read('winogrande_dev_llmfoundry.jsonl'))
-    for doc, label in zip(docs['piqa'], open(f'{folder}/piqa_valid-labels.lst')):
-        doc['label'] = int(label)
+
+    def read(name):
+        with open(f'{folder}/{name}') as f:
+            return [json.loads(line) for line in f][:100]
+    docs = dict(
+        piqa=read('piqa_valid.jsonl'),
+        openbookqa=read('openbookqa_llmfoundry.jsonl'),
+        winogrande=read('winogrande_dev_llmfoundry.jsonl'),
+    )
+    with open(f'{folder}/piqa_valid-labels.lst') as f:
+        for doc, label in zip(docs['piqa'], f):
+            doc['label'] = int(label)
     return docs
 
 
@@ -53,8 +85,13 @@ def commonsense():
 def tokenizer(tmp_path_factory):
     """A folder with a byte-level tokenizer, begin and end of a document included, that adds no BOS by itself."""
     path = str(tmp_path_factory.mktemp('tok') / 'tok')
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    tok = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tok.pre_tokenizer, tok.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>').save_pretrained(path)
     with open(f'{path}/config.json', 'w') as f:
         json.dump(dict(bos_token_id=256, eos_token_id=257), f)
@@ -67,9 +104,19 @@ def task_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('tasks')
     for name, docs in commonsense().items():
         (path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, docs)))
-        (path / f'{name}.yaml').write_text(json.dumps(dict(         # JSON is YAML
-            task=f'local_{name}', dataset_path='json', dataset_kwargs=dict(data_files=dict(validation=f'{path}/{name}.jsonl'), cache_dir=f'{path}/cache'),
-            output_type='multiple_choice', validation_split='validation', metric_list=[dict(metric=m) for m in METRICS[name]], **TASKS[name])))
+        (path / f'{name}.yaml').write_text(
+            json.dumps(
+                dict(  # JSON is YAML
+                    task=f'local_{name}',
+                    dataset_path='json',
+                    dataset_kwargs=dict(data_files=dict(validation=f'{path}/{name}.jsonl'), cache_dir=f'{path}/cache'),
+                    output_type='multiple_choice',
+                    validation_split='validation',
+                    metric_list=[dict(metric=m) for m in METRICS[name]],
+                    **TASKS[name],
+                )
+            )
+        )
     return str(path)
 
 
@@ -83,15 +130,22 @@ def saved(tmp_path, tokenizer):
 
 
 def logprob(model, ids, n):
-    """Log-probability of the last n of the ids, and whether each is the likeliest: the whole forward pass, written out."""
+    """Log-probability of the last n of the ids, and whether each is the likeliest, by one whole forward pass."""
     logits = model(torch.tensor([ids[:-1]]))[0][0].double()
     logp = logits - torch.logsumexp(logits, -1, keepdim=True)
-    return sum(logp[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))), all(logp[i - 1].argmax() == ids[i] for i in range(len(ids) - n, len(ids)))
+    return sum(logp[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))), all(
+        logp[i - 1].argmax() == ids[i] for i in range(len(ids) - n, len(ids))
+    )
 
 
 def ids(text):
     alphabet = {c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    return [alphabet[c] for c in tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]]
+    return [
+        alphabet[c]
+        for c in tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][
+            0
+        ]
+    ]
 
 
 def request(*args):
@@ -101,9 +155,20 @@ def request(*args):
 @pytest.mark.parametrize('backend', ['hf', 'nanonope'])
 def test_multiple_choice_agrees_with_our_own_scoring_on_every_item(saved, task_folder, backend):
     model, ckpt, out = saved
-    args = dict(hf=f'pretrained={out},dtype=float32,add_bos_token=True,max_length=4096', nanonope=f'ckpt={ckpt},dtype=fp32,max_length=4096')[backend]
-    got = lm_eval.simple_evaluate(model=backend, model_args=args, tasks=[f'local_{n}' for n in TASKS], device='cpu', batch_size=4, log_samples=True, bootstrap_iters=0,
-                                  task_manager=lm_eval.tasks.TaskManager(include_path=task_folder, include_defaults=False))
+    args = dict(
+        hf=f'pretrained={out},dtype=float32,add_bos_token=True,max_length=4096',
+        nanonope=f'ckpt={ckpt},dtype=fp32,max_length=4096',
+    )[backend]
+    got = lm_eval.simple_evaluate(
+        model=backend,
+        model_args=args,
+        tasks=[f'local_{n}' for n in TASKS],
+        device='cpu',
+        batch_size=4,
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=lm_eval.tasks.TaskManager(include_path=task_folder, include_defaults=False),
+    )
     for name, docs in commonsense().items():
         hits, hits_norm = [], []
         for doc, sample in zip(docs, sorted(got['samples'][f'local_{name}'], key=lambda s: s['doc_id']), strict=True):
@@ -134,14 +199,28 @@ def test_multiple_choice_agrees_with_our_own_scoring_on_every_item(saved, task_f
 def test_the_adapter_equals_the_exported_folder(saved):
     from lm_eval.models.huggingface import HFLM
     model, ckpt, out = saved
-    theirs, ours = HFLM(pretrained=out, dtype='float32', add_bos_token=True, device='cpu', max_length=96), harness.NanoNoPE(ckpt, max_length=96, dtype='fp32', batch_size=3)
-    pairs = [request('The grass is', ' green.'), request('', 'Nothing before it'), request('x' * 40, ' y'), request('a b ', 'c'), request('So', '')]
+    theirs, ours = (
+        HFLM(pretrained=out, dtype='float32', add_bos_token=True, device='cpu', max_length=96),
+        harness.NanoNoPE(ckpt, max_length=96, dtype='fp32', batch_size=3),
+    )
+    pairs = [
+        request('The grass is', ' green.'),
+        request('', 'Nothing before it'),
+        request('x' * 40, ' y'),
+        request('a b ', 'c'),
+        request('So', ''),
+    ]
     for (a, ga), (b, gb) in zip(theirs.loglikelihood(pairs[:-1]), ours.loglikelihood(pairs[:-1]), strict=True):
         assert abs(a - b) < 1e-3 and ga == gb
     texts = [request('Short.'), request('A text that is longer than one window of the model. ' * 6)]
-    whole = HFLM(pretrained=out, dtype='float32', add_bos_token=False, device='cpu', max_length=96).loglikelihood_rolling(texts)
+    whole = HFLM(
+        pretrained=out, dtype='float32', add_bos_token=False, device='cpu', max_length=96
+    ).loglikelihood_rolling(texts)
     assert ours.loglikelihood_rolling(texts) == pytest.approx(whole, abs=1e-2)
-    prompts = [request('The sky is', dict(until=[], max_gen_toks=24)), request('The sky is', dict(until=['e', '\n'], max_gen_toks=24, do_sample=False))]
+    prompts = [
+        request('The sky is', dict(until=[], max_gen_toks=24)),
+        request('The sky is', dict(until=['e', '\n'], max_gen_toks=24, do_sample=False)),
+    ]
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
@@ -154,7 +233,9 @@ def test_what_cannot_be_exported_runs_in_process_past_the_training_length(tmp_pa
         run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     lm = harness.NanoNoPE(str(tmp_path / 'a.pt'), max_length=128, dtype='fp32', batch_size=2)
     pairs = [('b' * 70, ' c d'), ('One', ' and two'), ('Three', ' f' * 20)]
-    for (context, continuation), (lp, greedy) in zip(pairs, lm.loglikelihood([request(*p) for p in pairs]), strict=True):
+    for (context, continuation), (lp, greedy) in zip(
+        pairs, lm.loglikelihood([request(*p) for p in pairs]), strict=True
+    ):
         want, want_greedy = logprob(model, [256] + ids(context) + ids(continuation), len(ids(continuation)))
         assert abs(lp - want) < 1e-3 and greedy == want_greedy
 
@@ -176,41 +257,99 @@ def test_long_prompts_are_cut_in_the_middle_and_begin_with_bos(saved):
 
 
 def test_the_command_line(saved, task_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['harness', 'run', '--model', 'nanonope', '--model_args', f'ckpt={saved[1]},dtype=fp32', '--tasks', 'local_piqa', '--limit', '2',
-                                      '--include_path', task_folder, '--output_path', str(tmp_path / 'res'), '--device', 'cpu'])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'harness',
+            'run',
+            '--model',
+            'nanonope',
+            '--model_args',
+            f'ckpt={saved[1]},dtype=fp32',
+            '--tasks',
+            'local_piqa',
+            '--limit',
+            '2',
+            '--include_path',
+            task_folder,
+            '--output_path',
+            str(tmp_path / 'res'),
+            '--device',
+            'cpu',
+        ],
+    )
     harness.main()
     assert 'local_piqa' in capsys.readouterr().out
 
 
 def test_longbench_on_local_documents(saved, tmp_path, monkeypatch):
-    """Two of its tasks as they are, but for where the documents come from; of its packages `rouge`, which they do not use, may be missing."""
+    """Two of its tasks as they are, on documents of ours; its package `rouge`, which neither uses, may be missing."""
     pytest.importorskip('jieba')
     pytest.importorskip('fuzzywuzzy')
     monkeypatch.setitem(sys.modules, 'rouge', SimpleNamespace(Rouge=None))
     doc = dict(question='What is it?', input='', answers=['a text', 'text'], length=9, language='en', all_classes=[])
     for task, context in dict(qasper='Long text. ' * 300, lcc='def f(x):\n' * 200).items():
         (tmp_path / f'{task}.jsonl').write_text(json.dumps(dict(doc, context=context, dataset=task, _id='0')))
-        (tmp_path / f'{task}.yaml').write_text(json.dumps(dict(
-            include=f'{os.path.dirname(lm_eval.__file__)}/tasks/longbench/{task}.yaml', task=f'local_{task}', tag=[], dataset_path='json', dataset_name=None,
-            dataset_kwargs=dict(data_files=dict(test=f'{tmp_path}/{task}.jsonl'), cache_dir=f'{tmp_path}/cache'))))
-    got = lm_eval.simple_evaluate(model='nanonope', model_args=f'ckpt={saved[1]},dtype=fp32,max_length=256', tasks=['local_qasper', 'local_lcc'], device='cpu', bootstrap_iters=0, log_samples=True,
-                                  task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False))
+        (tmp_path / f'{task}.yaml').write_text(
+            json.dumps(
+                dict(
+                    include=f'{os.path.dirname(lm_eval.__file__)}/tasks/longbench/{task}.yaml',
+                    task=f'local_{task}',
+                    tag=[],
+                    dataset_path='json',
+                    dataset_name=None,
+                    dataset_kwargs=dict(
+                        data_files=dict(test=f'{tmp_path}/{task}.jsonl'), cache_dir=f'{tmp_path}/cache'
+                    ),
+                )
+            )
+        )
+    got = lm_eval.simple_evaluate(
+        model='nanonope',
+        model_args=f'ckpt={saved[1]},dtype=fp32,max_length=256',
+        tasks=['local_qasper', 'local_lcc'],
+        device='cpu',
+        bootstrap_iters=0,
+        log_samples=True,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
     for task in 'local_qasper', 'local_lcc':
         assert 0 <= got['results'][task]['score,none'] <= 1 and isinstance(got['samples'][task][0]['resps'][0][0], str)
 
 
 def test_a_needle_in_a_haystack(saved, tokenizer, capsys):
     pytest.importorskip('wonderwords')
-    got = lm_eval.simple_evaluate(model='nanonope', model_args=f'ckpt={saved[1]},tokenizer={tokenizer},dtype=fp32,max_length=2048', tasks=['niah_single_1'], limit=2, bootstrap_iters=0,
-                                  metadata=dict(max_seq_lengths=[1024], tokenizer=tokenizer), log_samples=True)
+    got = lm_eval.simple_evaluate(
+        model='nanonope',
+        model_args=f'ckpt={saved[1]},tokenizer={tokenizer},dtype=fp32,max_length=2048',
+        tasks=['niah_single_1'],
+        limit=2,
+        bootstrap_iters=0,
+        metadata=dict(max_seq_lengths=[1024], tokenizer=tokenizer),
+        log_samples=True,
+    )
     prompt = got['samples']['niah_single_1'][0]['arguments'][0][0]
-    assert 'special magic' in prompt and len(ids(prompt)) <= 1024 and got['results']['niah_single_1']['1024,none'] in (0, 0.5, 1)
+    assert (
+        'special magic' in prompt
+        and len(ids(prompt)) <= 1024
+        and got['results']['niah_single_1']['1024,none'] in (0, 0.5, 1)
+    )
 
 
-@pytest.mark.parametrize('args, why', [
-    (dict(ckpt='nowhere.pt'), 'nowhere.pt'), (dict(truncation_side='both'), 'truncation_side=both'), (dict(dtype='fp8'), 'dtype=fp8'),
-    (dict(length=9), 'model_args: length unknown'), (dict(tokenizer='nowhere'), 'nowhere is not a folder'), (dict(ckpt=None), 'no ckpt'), (dict(max_length='8k'), 'max_length=8k'),
-    (dict(batch_size='auto'), '--batch_size auto')])
+@pytest.mark.parametrize(
+    'args, why',
+    [
+        (dict(ckpt='nowhere.pt'), 'nowhere.pt'),
+        (dict(truncation_side='both'), 'truncation_side=both'),
+        (dict(dtype='fp8'), 'dtype=fp8'),
+        (dict(length=9), 'model_args: length unknown'),
+        (dict(tokenizer='nowhere'), 'nowhere is not a folder'),
+        (dict(ckpt=None), 'no ckpt'),
+        (dict(max_length='8k'), 'max_length=8k'),
+        (dict(batch_size='auto'), '--batch_size auto'),
+    ],
+)
 def test_refusals(saved, capsys, args, why):
     with pytest.raises(SystemExit) as e:
         harness.NanoNoPE(**dict(ckpt=saved[1]) | args)

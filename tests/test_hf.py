@@ -1,4 +1,4 @@
-"""What data/hf/convert.py promises: the same logits on both sides, an exact round trip, one line for what does not fit."""
+"""What data/hf/convert.py promises: the same logits on both sides, an exact round trip, one line for the rest."""
 import copy
 import importlib
 import json
@@ -26,16 +26,52 @@ from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 STRETCHED = dict(pi=pi, ntk=ntk, yarn=yarn)
 SHAPE = dict(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48)
-LLAMA = dict(architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=60, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             hidden_size=32, intermediate_size=48, hidden_act='silu', max_position_embeddings=32, rms_norm_eps=1e-5, rope_theta=10000.0,
-             tie_word_embeddings=False)
+LLAMA = dict(
+    architectures=['LlamaForCausalLM'],
+    model_type='llama',
+    vocab_size=60,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    hidden_size=32,
+    intermediate_size=48,
+    hidden_act='silu',
+    max_position_embeddings=32,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+)
 SMOLLM3 = dict(LLAMA, architectures=['SmolLM3ForCausalLM'], model_type='smollm3', no_rope_layers=[0, 0])
 # each kind with the length up to which transformers computes it as it is here
-SCALINGS = dict(default=({}, 90), linear=(dict(rope_type='linear', factor=4.0), 90), dynamic=(dict(rope_type='dynamic', factor=2.0), 64),
-                yarn=(dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32), 90),
-                attention_factor=(dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32, attention_factor=1.2), 90),
-                longrope=(dict(rope_type='longrope', original_max_position_embeddings=32, short_factor=[1.0] * 4, long_factor=[1.0, 1.5, 2.5, 4.0]), 90),
-                llama3=(dict(rope_type='llama3', factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0), 90))
+SCALINGS = dict(
+    default=({}, 90),
+    linear=(dict(rope_type='linear', factor=4.0), 90),
+    dynamic=(dict(rope_type='dynamic', factor=2.0), 64),
+    yarn=(dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32), 90),
+    attention_factor=(
+        dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32, attention_factor=1.2),
+        90,
+    ),
+    longrope=(
+        dict(
+            rope_type='longrope',
+            original_max_position_embeddings=32,
+            short_factor=[1.0] * 4,
+            long_factor=[1.0, 1.5, 2.5, 4.0],
+        ),
+        90,
+    ),
+    llama3=(
+        dict(
+            rope_type='llama3',
+            factor=8.0,
+            original_max_position_embeddings=64,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+        90,
+    ),
+)
 
 
 def build(**shape):
@@ -51,8 +87,12 @@ def theirs(state, tied=False):
     """Our weights under the names of a Hugging Face Llama, written out here once more."""
     out = {'model.embed_tokens.weight': state['embed.weight'], 'model.norm.weight': state['norm.weight']}
     for i in range(SHAPE['n_layer']):
-        for a, b in (('input_layernorm', 'attn_norm'), ('post_attention_layernorm', 'mlp_norm'), *((f'self_attn.{x}_proj', f'attn.{x}_proj') for x in 'qkvo'),
-                     *((f'mlp.{x}_proj',) * 2 for x in ('gate', 'up', 'down'))):
+        for a, b in (
+            ('input_layernorm', 'attn_norm'),
+            ('post_attention_layernorm', 'mlp_norm'),
+            *((f'self_attn.{x}_proj', f'attn.{x}_proj') for x in 'qkvo'),
+            *((f'mlp.{x}_proj',) * 2 for x in ('gate', 'up', 'down')),
+        ):
             out[f'model.layers.{i}.{a}.weight'] = state[f'blocks.{i}.{b}.weight']
     return out if tied else {**out, 'lm_head.weight': state['lm_head.weight']}
 
@@ -62,7 +102,10 @@ def folder(path, state, config=LLAMA, shards=1):
     os.makedirs(path)
     with open(f'{path}/config.json', 'w') as f:
         json.dump(config, f)
-    parts, names = [{k: state[k].clone() for k in list(state)[i::shards]} for i in range(shards)], [f'pytorch_model-{i}.bin' for i in range(shards)]
+    parts, names = (
+        [{k: state[k].clone() for k in list(state)[i::shards]} for i in range(shards)],
+        [f'pytorch_model-{i}.bin' for i in range(shards)],
+    )
     for part, name in zip(parts, names if shards > 1 else ['pytorch_model.bin']):
         torch.save(part, f'{path}/{name}')
     if shards > 1:
@@ -72,8 +115,22 @@ def folder(path, state, config=LLAMA, shards=1):
 
 
 def checkpoint(path, model, tokenizer='bytes', **more):
-    save_checkpoint(str(path), dict(model=model.state_dict(), config=asdict(model.config), optimizer=None, step=0, tokens=0, seed=0,
-                                       args=dict(preset='tiny', length=model.config.block_size), fingerprint='', tokenizer=tokenizer, extended=None) | more)
+    save_checkpoint(
+        str(path),
+        dict(
+            model=model.state_dict(),
+            config=asdict(model.config),
+            optimizer=None,
+            step=0,
+            tokens=0,
+            seed=0,
+            args=dict(preset='tiny', length=model.config.block_size),
+            fingerprint='',
+            tokenizer=tokenizer,
+            extended=None,
+        )
+        | more,
+    )
     return path
 
 
@@ -104,13 +161,25 @@ def saved(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # in, without any package
 
-@pytest.mark.parametrize('pe, config, shards', [('rope', LLAMA, 1), ('rope', LLAMA, 3), ('nope', SMOLLM3, 2), ('rope', dict(SMOLLM3, no_rope_layers=[1, 1]), 1)])
+@pytest.mark.parametrize(
+    'pe, config, shards',
+    [('rope', LLAMA, 1), ('rope', LLAMA, 3), ('nope', SMOLLM3, 2), ('rope', dict(SMOLLM3, no_rope_layers=[1, 1]), 1)],
+)
 def test_a_folder_gives_our_logits(pe, config, shards, tmp_path):
     model = build(pe=pe)
-    folder(tmp_path / 'hf', theirs(model.state_dict()) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(4)}, config, shards)
+    folder(
+        tmp_path / 'hf',
+        theirs(model.state_dict()) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(4)},
+        config,
+        shards,
+    )
     assert f'pe={pe}, 2 layers' in run(convert, tmp_path / 'hf/', tmp_path / 'run/ckpt.pt')
     ckpt = load_checkpoint(str(tmp_path / 'run'))
-    assert bits(dict(ckpt['model'])) == bits(dict(model.state_dict())) and ckpt['config'] == asdict(model.config) and ckpt['tokenizer'] == f'hf:{tmp_path}/hf'
+    assert (
+        bits(dict(ckpt['model'])) == bits(dict(model.state_dict()))
+        and ckpt['config'] == asdict(model.config)
+        and ckpt['tokenizer'] == f'hf:{tmp_path}/hf'
+    )
     assert torch.equal(logits(tmp_path / 'run', tokens(2, 50)), model(tokens(2, 50))[0])
 
 
@@ -121,10 +190,14 @@ def test_a_tied_head_and_half_precision(tmp_path):
     model.lm_head.weight.copy_(model.embed.weight)
     state = theirs({k: w.bfloat16() for k, w in model.state_dict().items()}, tied=True)
     folder(tmp_path / 'hf', state, dict(LLAMA, tie_word_embeddings=True))
-    torch.save(state, tmp_path / 'hf/pytorch_model.bin', _use_new_zipfile_serialization=False)      # as before torch 1.6
+    torch.save(state, tmp_path / 'hf/pytorch_model.bin', _use_new_zipfile_serialization=False)  # as before torch 1.6
     run(convert, tmp_path / 'hf', tmp_path / 'ckpt.pt')
     ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
-    assert torch.equal(ckpt['lm_head.weight'].float(), model.embed.weight) and ckpt['embed.weight'].dtype == torch.bfloat16 and ckpt['blocks.0.attn.scale'].dtype == torch.float32
+    assert (
+        torch.equal(ckpt['lm_head.weight'].float(), model.embed.weight)
+        and ckpt['embed.weight'].dtype == torch.bfloat16
+        and ckpt['blocks.0.attn.scale'].dtype == torch.float32
+    )
     assert ckpt['embed.weight'].untyped_storage().data_ptr() == ckpt['lm_head.weight'].untyped_storage().data_ptr()
     assert torch.equal(logits(tmp_path / 'ckpt.pt', tokens(2, 9)), model(tokens(2, 9))[0])
 
@@ -145,31 +218,62 @@ def test_rope_scaling_is_read(kind, form, tmp_path):
     rope, longest = dict(SCALINGS[kind][0]), 32 if kind in ('default', 'linear', 'dynamic') else 128
     config = dict(LLAMA, max_position_embeddings=longest)
     if form == 'old':
-        config.update(rope_theta=5000.0, rope_scaling={'type' if k == 'rope_type' else k: v for k, v in rope.items()} or None)
+        config.update(
+            rope_theta=5000.0, rope_scaling={'type' if k == 'rope_type' else k: v for k, v in rope.items()} or None
+        )
     else:
         config.update(rope_parameters=dict(rope_theta=5000.0, **rope or dict(rope_type='default')))
         del config['rope_theta']
     folder(tmp_path / 'hf', {}, config)
     c, lam, most, tied = convert.read_config(tmp_path / 'hf', None)
-    assert (c.block_size, most, c.rope_theta, c.pe, tied, c.norm_eps) == (64 if kind == 'llama3' else 32, longest, 5000, 'rope', False, 1e-5)
+    assert (c.block_size, most, c.rope_theta, c.pe, tied, c.norm_eps) == (
+        64 if kind == 'llama3' else 32,
+        longest,
+        5000,
+        'rope',
+        False,
+        1e-5,
+    )
     plain, m = 5000.0 ** (-np.arange(4) / 4), np.arange(4)
     wavelength = 2 * math.pi / plain                 # llama3: longer than 64 or shorter than 16 tokens, or between
-    want = dict(linear=plain / 4, dynamic=(5000 * 3 ** (8 / 6)) ** (-m / 4), longrope=plain / [1, 1.5, 2.5, 4],      # dynamic: 2 * 64 / 32 - 1 = 3
-                llama3=np.where(wavelength > 64, plain / 8, np.where(wavelength < 16, plain, plain * ((w := (64 / wavelength - 1) / 3) + (1 - w) / 8))))
+    want = dict(
+        linear=plain / 4,
+        dynamic=(5000 * 3 ** (8 / 6)) ** (-m / 4),
+        longrope=plain / [1, 1.5, 2.5, 4],  # dynamic: 2 * 64 / 32 - 1 = 3
+        llama3=np.where(
+            wavelength > 64,
+            plain / 8,
+            np.where(wavelength < 16, plain, plain * ((w := (64 / wavelength - 1) / 3) + (1 - w) / 8)),
+        ),
+    )
     if kind in want:
         np.testing.assert_allclose(c.rope_inv_freq, want[kind], rtol=1e-12)
     if kind in ('yarn', 'attention_factor'):
         np.testing.assert_allclose(c.rope_inv_freq, yarn(GPTConfig(**SHAPE, rope_theta=5000), 128)[0])
-    assert lam == pytest.approx(dict(yarn=(0.1 * math.log(4) + 1) ** 2, attention_factor=1.44, longrope=1 + math.log(4) / math.log(32)).get(kind, 1))
+    assert lam == pytest.approx(
+        dict(yarn=(0.1 * math.log(4) + 1) ** 2, attention_factor=1.44, longrope=1 + math.log(4) / math.log(32)).get(
+            kind, 1
+        )
+    )
     assert (c.rope_inv_freq is None) == (kind == 'default')
 
 
 def test_the_other_scripts_open_it(corpus, tmp_path):
     vocab = open_data(corpus, 'val')[1]['vocab_size']
-    folder(tmp_path / 'hf', theirs(build(pe='rope', vocab_size=vocab).state_dict()), dict(LLAMA, vocab_size=vocab, rope_scaling=SCALINGS['linear'][0]))
+    folder(
+        tmp_path / 'hf',
+        theirs(build(pe='rope', vocab_size=vocab).state_dict()),
+        dict(LLAMA, vocab_size=vocab, rope_scaling=SCALINGS['linear'][0]),
+    )
     run(convert, tmp_path / 'hf', tmp_path / 'run/ckpt.pt')
-    run(train, BATCH, f'--preset tiny --init_from {tmp_path}/run --pe nope --steps 1 --length 32 --data {corpus} --out {tmp_path}/drope')
-    flags = f'--ckpt {tmp_path}/run --data {corpus} --method uniform --length 64 --batch 2 --grid 1,1.2 --lengths 32,64 --eval_tokens 64 {CPU}'
+    run(
+        train,
+        BATCH,
+        f'--preset tiny --init_from {tmp_path}/run --pe nope --steps 1 --length 32 --data {corpus}',
+        f'--out {tmp_path}/drope',
+    )
+    flags = (f'--ckpt {tmp_path}/run --data {corpus} --method uniform --length 64 --batch 2 --grid 1,1.2 '
+             f'--lengths 32,64 --eval_tokens 64 {CPU}')
     run(extend, flags)
     assert load_checkpoint(f'{tmp_path}/run/uniform-64.pt')['extended']['length'] == 64
 
@@ -179,7 +283,10 @@ def test_the_other_scripts_open_it(corpus, tmp_path):
 
 @pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer'])
 def test_round_trip_is_exact(case, saved, tmp_path):
-    model, more = build(pe='nope' if case in ('nope', 'tuned longer') else 'rope', block_size=64 if case == 'llama3' else 32), {}
+    model, more = (
+        build(pe='nope' if case in ('nope', 'tuned longer') else 'rope', block_size=64 if case == 'llama3' else 32),
+        {},
+    )
     if case == 'tied':
         model.lm_head.weight.copy_(model.embed.weight)
     if case == 'tuned longer':
@@ -193,16 +300,27 @@ def test_round_trip_is_exact(case, saved, tmp_path):
     checkpoint(tmp_path / 'a.pt', model, **more)
     run(convert, tmp_path / 'a.pt', tmp_path / 'hf')
     run(convert, tmp_path / 'hf', tmp_path / 'b.pt')
-    a, b, config = load_checkpoint(str(tmp_path / 'a.pt')), load_checkpoint(str(tmp_path / 'b.pt')), config_of(tmp_path / 'hf')
+    a, b, config = (
+        load_checkpoint(str(tmp_path / 'a.pt')),
+        load_checkpoint(str(tmp_path / 'b.pt')),
+        config_of(tmp_path / 'hf'),
+    )
     assert bits(dict(a['model'])) == bits(dict(b['model']))
-    assert {k: v for k, v in a['config'].items() if k != 'rope_inv_freq'} == {k: v for k, v in b['config'].items() if k != 'rope_inv_freq'}
+    assert {k: v for k, v in a['config'].items() if k != 'rope_inv_freq'} == {
+        k: v for k, v in b['config'].items() if k != 'rope_inv_freq'
+    }
     if a['config']['rope_inv_freq']:
         np.testing.assert_allclose(b['config']['rope_inv_freq'], a['config']['rope_inv_freq'], rtol=1e-14)
         assert config['rope_scaling']['rope_type'] == dict(pi='linear').get(case, case)
     assert torch.equal(logits(tmp_path / 'a.pt', tokens(2, 90)), logits(tmp_path / 'b.pt', tokens(2, 90)))
-    assert config['max_position_embeddings'] == b['args']['length'] == (100 if more else model.config.block_size) and config['tie_word_embeddings'] == (case == 'tied')
-    assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)      # of bytes
-    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf'] and sorted(os.listdir(tmp_path / 'hf')) == ['config.json', 'pytorch_model.bin']
+    assert config['max_position_embeddings'] == b['args']['length'] == (
+        100 if more else model.config.block_size
+    ) and config['tie_word_embeddings'] == (case == 'tied')
+    assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)  # of bytes
+    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf'] and sorted(os.listdir(tmp_path / 'hf')) == [
+        'config.json',
+        'pytorch_model.bin',
+    ]
 
 
 def test_temperatures_fold(saved, tmp_path):
@@ -214,8 +332,13 @@ def test_temperatures_fold(saved, tmp_path):
         run(convert, tmp_path / f'{pe}.pt', tmp_path / pe)
         run(convert, tmp_path / pe, tmp_path / f'{pe}-2.pt')
         ours = load_checkpoint(str(tmp_path / f'{pe}-2.pt'))
-        assert all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale')) and ours['config']['block_size'] == 32
-        assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale', 'slope')}
+        assert (
+            all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale'))
+            and ours['config']['block_size'] == 32
+        )
+        assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {
+            f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale', 'slope')
+        }
         close(logits(tmp_path / f'{pe}-2.pt', idx := tokens(2, 64)), model(idx)[0])
         # folded in fp32, rounded once
         run(convert, tmp_path / f'{pe}.pt', tmp_path / f'{pe}-bf16', '--dtype bf16')
@@ -228,7 +351,12 @@ def test_any_frequencies_can_be_named(saved, tmp_path):
     model = build(pe='rope')
     c = model.config
     nearly = [f * (1 + i * 1e-5) for i, f in enumerate(pi(c, 128)[0])]
-    for name, freq, lam in (('ntk', *ntk(c, 128)), ('searched', [1.0, 0.05, 0.004, 0.0003], 1), ('nearly pi', nearly, 1), ('mixed', yarn(c, 96)[0], 1.3)):
+    for name, freq, lam in (
+        ('ntk', *ntk(c, 128)),
+        ('searched', [1.0, 0.05, 0.004, 0.0003], 1),
+        ('nearly pi', nearly, 1),
+        ('mixed', yarn(c, 96)[0], 1.3),
+    ):
         name = name.replace(' ', '-')
         c.rope_inv_freq = freq
         set_heads(model, lam)
@@ -242,17 +370,35 @@ def test_any_frequencies_can_be_named(saved, tmp_path):
             ntk=(True, None), mixed=(False, 'yarn')).get(name, (False, 'longrope'))
         if name == 'searched':
             r = rope['rope_scaling']
-            assert r['short_factor'] == r['long_factor'] and r['attention_factor'] == r['short_mscale'] == r['long_mscale'] == 1 and r['factor'] == 4
+            assert (
+                r['short_factor'] == r['long_factor']
+                and r['attention_factor'] == r['short_mscale'] == r['long_mscale'] == 1
+                and r['factor'] == 4
+            )
 
 
 def test_the_tokenizer_goes_along(saved, tmp_path):
-    hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()), config := dict(LLAMA, bos_token_id=1, eos_token_id=[2, 5], pad_token_id=-1))
+    hf = folder(
+        tmp_path / 'hf',
+        theirs(build(pe='rope').state_dict()),
+        config := dict(LLAMA, bos_token_id=1, eos_token_id=[2, 5], pad_token_id=-1),
+    )
     for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'README.md'):
         (tmp_path / 'hf' / name).write_text('{}')
     run(convert, hf, tmp_path / 'a.pt')
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', 'generation_config.json', 'pytorch_model.bin', 'tokenizer.json', 'tokenizer_config.json']
-    assert [config_of(tmp_path / 'out')[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')] == [1, [2, 5], None]
+    assert sorted(os.listdir(tmp_path / 'out')) == [
+        'config.json',
+        'generation_config.json',
+        'pytorch_model.bin',
+        'tokenizer.json',
+        'tokenizer_config.json',
+    ]
+    assert [config_of(tmp_path / 'out')[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')] == [
+        1,
+        [2, 5],
+        None,
+    ]
     for pad, want in (3, 3), (60, None), (None, None):           # one that no embedding has is left out
         (hf / 'config.json').write_text(json.dumps(dict(config, pad_token_id=pad)))
         assert convert.special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
@@ -264,19 +410,38 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # what does not fit costs one line
 
-@pytest.mark.parametrize('change, words', [
-    (dict(model_type='mistral'), 'config.json model_type mistral'), (dict(architectures=['GPT2LMHeadModel']), 'architectures GPT2LMHeadModel'),
-    (dict(hidden_act='gelu'), 'hidden_act gelu'), (dict(attention_bias=True), 'attention_bias'), (dict(mlp_bias=True), 'mlp_bias'),
-    (dict(head_dim=16), 'head_dim 16'), (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'), (dict(quantization_config=dict(bits=4)), 'quantization_config'),
-    (dict(SMOLLM3, no_rope_layers=[1, 0]), 'no_rope_layers --pe nope'), (dict(SMOLLM3, no_rope_layers=None, num_hidden_layers=4), 'no_rope_layers'),
-    (dict(SMOLLM3, use_sliding_window=True, sliding_window=16), 'sliding_window'), (dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
-    (dict(rope_scaling=dict(type='mrope', factor=2.0)), 'rope_type mrope'), (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), 'rope_parameters'),
-    (dict(rope_scaling=dict(rope_type='llama3', factor=2.0)), 'lacks low_freq_factor'), (dict(rope_scaling=dict(type='linear', factor='2')), 'config.json'),
-    (dict(rope_scaling=dict(type='longrope', short_factor=[1], long_factor=[1])), 'config.json'), (dict(rope_scaling=7), 'config.json'),
-    (dict(rope_scaling=dict(type='yarn', factor=2.0, beta_fast=16)), 'beta_fast 16'), (dict(rope_scaling=dict(type='yarn', factor=2.0, mscale=0.7)), 'mscale 0.7'),
-    (dict(num_key_value_heads=3), 'n_kv_head 3'), (dict(num_hidden_layers=0), 'n_layer'), (dict(hidden_size='32'), 'config.json'),
-    (dict(vocab_size=60.0), 'vocab_size 60.0'), (dict(num_attention_heads=0), 'config.json'), (dict(max_position_embeddings=None), 'max_position_embeddings None'),
-    (dict(intermediate_size=None), 'intermediate_size None')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(model_type='mistral'), 'config.json model_type mistral'),
+        (dict(architectures=['GPT2LMHeadModel']), 'architectures GPT2LMHeadModel'),
+        (dict(hidden_act='gelu'), 'hidden_act gelu'),
+        (dict(attention_bias=True), 'attention_bias'),
+        (dict(mlp_bias=True), 'mlp_bias'),
+        (dict(head_dim=16), 'head_dim 16'),
+        (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'),
+        (dict(quantization_config=dict(bits=4)), 'quantization_config'),
+        (dict(SMOLLM3, no_rope_layers=[1, 0]), 'no_rope_layers --pe nope'),
+        (dict(SMOLLM3, no_rope_layers=None, num_hidden_layers=4), 'no_rope_layers'),
+        (dict(SMOLLM3, use_sliding_window=True, sliding_window=16), 'sliding_window'),
+        (dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
+        (dict(rope_scaling=dict(type='mrope', factor=2.0)), 'rope_type mrope'),
+        (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), 'rope_parameters'),
+        (dict(rope_scaling=dict(rope_type='llama3', factor=2.0)), 'lacks low_freq_factor'),
+        (dict(rope_scaling=dict(type='linear', factor='2')), 'config.json'),
+        (dict(rope_scaling=dict(type='longrope', short_factor=[1], long_factor=[1])), 'config.json'),
+        (dict(rope_scaling=7), 'config.json'),
+        (dict(rope_scaling=dict(type='yarn', factor=2.0, beta_fast=16)), 'beta_fast 16'),
+        (dict(rope_scaling=dict(type='yarn', factor=2.0, mscale=0.7)), 'mscale 0.7'),
+        (dict(num_key_value_heads=3), 'n_kv_head 3'),
+        (dict(num_hidden_layers=0), 'n_layer'),
+        (dict(hidden_size='32'), 'config.json'),
+        (dict(vocab_size=60.0), 'vocab_size 60.0'),
+        (dict(num_attention_heads=0), 'config.json'),
+        (dict(max_position_embeddings=None), 'max_position_embeddings None'),
+        (dict(intermediate_size=None), 'intermediate_size None'),
+    ],
+)
 def test_a_configuration_that_does_not_fit(change, words, tmp_path):
     hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()), LLAMA | change)
     check_refused(convert, f'{hf} {tmp_path}/ckpt.pt', f' : {words}')
@@ -304,7 +469,9 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
     case('config.json lacks', lambda hf: (hf / 'config.json').write_text('{}'))
     case('pytorch_model.bin no whole file', lambda hf: os.truncate(hf / 'pytorch_model.bin', 9000))
     case('pytorch_model.bin no whole file', lambda hf: (hf / 'pytorch_model.bin').write_bytes(b''))
-    case('model.safetensors', lambda hf: (hf / 'model.safetensors').write_bytes(b'{}'))          # damaged, or the package is missing
+    case(
+        'model.safetensors', lambda hf: (hf / 'model.safetensors').write_bytes(b'{}')
+    )  # damaged, or the package is missing
     case('lacks 1 weights, lm_head.weight', 'lm_head.weight')
     case('model.norm.weight float32 (31,) (32,)', {'model.norm.weight': torch.ones(31)})
     case('model.norm.weight int8', {'model.norm.weight': torch.ones(32, dtype=torch.int8)})
@@ -312,7 +479,10 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
     case('model.layers.1.self_attn.q_proj.bias counterpart', {'model.layers.1.self_attn.q_proj.bias': torch.ones(32)})
     case('embed_tokens (60, 32) (61, 32)', config=dict(LLAMA, vocab_size=61))
     case('--dtype', flags='--dtype bf16')
-    case('pytorch_model.bin would run code', lambda hf: torch.save({'model.norm.weight': SimpleNamespace()}, hf / 'pytorch_model.bin'))
+    case(
+        'pytorch_model.bin would run code',
+        lambda hf: torch.save({'model.norm.weight': SimpleNamespace()}, hf / 'pytorch_model.bin'),
+    )
 
     def flip(hf):
         raw = bytearray((hf / 'pytorch_model.bin').read_bytes())
@@ -332,7 +502,9 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     def case(words, model, flags='', out='hf', **more):
-        check_refused(convert, f'{checkpoint(tmp_path / "ckpt.pt", model, **more)} {tmp_path / out}', f'{flags} : {words}')
+        check_refused(
+            convert, f'{checkpoint(tmp_path / "ckpt.pt", model, **more)} {tmp_path / out}', f'{flags} : {words}'
+        )
         assert not (tmp_path / 'hf').exists() and not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
 
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
@@ -350,7 +522,9 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     short = build()
     del short.blocks[1].mlp
     case('do not fit blocks.1.mlp', short)
-    check_refused(convert, f'{tmp_path}/nowhere {tmp_path}/hf', ' : nowhere neither Hugging Face config.json checkpoint')
+    check_refused(
+        convert, f'{tmp_path}/nowhere {tmp_path}/hf', ' : nowhere neither Hugging Face config.json checkpoint'
+    )
     check_refused(convert, f'{tmp_path}/full {tmp_path}/hf', ' : full neither config.json checkpoint')
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     case('pip install safetensors', build())
@@ -401,7 +575,13 @@ def test_llama_in_and_out(kind, hf, tmp_path):
     rope, T = SCALINGS[kind]
     tied, longest = kind in ('default', 'yarn', 'llama3'), 32 if kind in ('default', 'linear', 'dynamic') else 128
     theta = dict(rope_theta=5000.0, **rope or dict(rope_type='default'))
-    model = random_llama(hf, tie_word_embeddings=tied, num_key_value_heads=4 if kind == 'linear' else 1, max_position_embeddings=longest, rope_parameters=theta)
+    model = random_llama(
+        hf,
+        tie_word_embeddings=tied,
+        num_key_value_heads=4 if kind == 'linear' else 1,
+        max_position_embeddings=longest,
+        rope_parameters=theta,
+    )
     model.save_pretrained(tmp_path / 'hf', max_shard_size='20KB' if kind in ('default', 'dynamic') else '1GB')
     run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
@@ -420,14 +600,26 @@ def test_llama_in_and_out(kind, hf, tmp_path):
 
 @pytest.mark.parametrize('rows', [1, 3])
 def test_smollm3_in_and_out(rows, hf, tmp_path):
-    model = random_llama(hf, 'SmolLM3For', no_rope_layers=[0, 0], pad_token_id=None, bos_token_id=1, eos_token_id=2, tie_word_embeddings=rows == 3)
+    model = random_llama(
+        hf,
+        'SmolLM3For',
+        no_rope_layers=[0, 0],
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=rows == 3,
+    )
     model.save_pretrained(tmp_path / 'hf', max_shard_size='20KB' if rows == 3 else '1GB')
     run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     same(model, tmp_path / 'a.pt', 90)
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 90)
-    assert type(back).__name__ == 'SmolLM3ForCausalLM' and back.config.bos_token_id == 1 and bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
+    assert (
+        type(back).__name__ == 'SmolLM3ForCausalLM'
+        and back.config.bos_token_id == 1
+        and bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
+    )
     # the same weights under a Llama's configuration, as the paper's checkpoint has them
     llama = random_llama(hf, tie_word_embeddings=rows == 3)
     llama.load_state_dict(model.state_dict())
@@ -444,18 +636,26 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     if method in STRETCHED:
         c.rope_inv_freq, lam = STRETCHED[method](c, 128)
     if method == 'longrope':
-        c.rope_inv_freq, lam = [f / r for f, r in zip(rope_frequencies(c), (1, 1.3, 2.9, 5))], 1 + math.log(4) / math.log(32)
+        c.rope_inv_freq, lam = (
+            [f / r for f, r in zip(rope_frequencies(c), (1, 1.3, 2.9, 5))],
+            1 + math.log(4) / math.log(32),
+        )
     set_heads(model, lam)
     checkpoint(tmp_path / 'a.pt', model, extended=dict(length=128))
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 120)
-    assert back.config.max_position_embeddings == 128 and type(back).__name__ == ('SmolLM3' if method == 'head' else 'Llama') + 'ForCausalLM'
+    assert (
+        back.config.max_position_embeddings == 128
+        and type(back).__name__ == ('SmolLM3' if method == 'head' else 'Llama') + 'ForCausalLM'
+    )
     if not method.startswith('head'):
         assert back.config.rope_parameters['rope_type'] == dict(pi='linear', ntk='default').get(method, method)
     # greedy and cached, past the training length and past the extended one
     idx, ours = tokens(1, 100), load_model(load_checkpoint(str(tmp_path / 'a.pt')))
-    there = back.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    there = back.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(there, ours.generate(idx, 40, temperature=0))
     run(convert, tmp_path / 'a.pt', tmp_path / 'half', '--dtype fp16')
     same(load(hf, tmp_path / 'half').float(), tmp_path / 'a.pt', 120, tol=0.1)

@@ -1,8 +1,9 @@
 """
-What 16,384 tokens cost at the width of `tinyllama` (V = 32,000), without the memory: the real functions on fake tensors,
-which have shapes, dtypes and storages but no numbers. No tensor that an operation returns is as large as one head's T x T
-scores, let alone T x V logits; and the bytes alive at once, while a row tunes the temperatures of all 22 layers, stay
-below what was aimed at. What a kernel holds inside itself is not seen, and the kernels chosen are those of the CPU.
+What 16,384 tokens cost at the width of `tinyllama` (V = 32,000), without the memory: the real functions on fake
+tensors, which have shapes, dtypes and storages but no numbers. No tensor that an operation returns is as large as one
+head's T x T scores, let alone T x V logits; and the bytes alive at once, while a row tunes the temperatures of all 22
+layers, stay below what was aimed at. What a kernel holds inside itself is not seen, and the kernels chosen are those of
+the CPU.
 
 That the weights are held once: test_a_model_shares_its_weights_with_the_checkpoint in test_extend.py.
 """
@@ -27,13 +28,27 @@ from model import GPT, PRESETS, GPTConfig
 
 T, V = 2**14, 32000
 ENV = dict(fp32=Env(), bf16=Env(dtype='bf16'))
-ARGS = SimpleNamespace(length=T, batch=1, micro_batch=1, seed=3, method='head', lr=0.03, steps=1, focus=True, compile=False, activation_checkpointing=False,
-                       grid=[1.0, 1.5], grid_batches=1, eval_tokens=2 * T)
+ARGS = SimpleNamespace(
+    length=T,
+    batch=1,
+    micro_batch=1,
+    seed=3,
+    method='head',
+    lr=0.03,
+    steps=1,
+    focus=True,
+    compile=False,
+    activation_checkpointing=False,
+    grid=[1.0, 1.5],
+    grid_batches=1,
+    eval_tokens=2 * T,
+)
 DATA = np.zeros(2 * T + 1, dtype=np.uint16)          # a split of .bin data, and a document
+CORPUS = extend.Corpus(DATA, 1)
 
 
 class Recorder(TorchDispatchMode):
-    """largest: (elements, bytes, operation) of the largest tensor returned; live, peak: bytes of the storages made since, now and at most."""
+    """largest: (elements, bytes, operation) of the largest tensor; live, peak: bytes of storages now and at most."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +59,9 @@ class Recorder(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.equal.default:
             return True
-        if torch.is_inference_mode_enabled() and func.namespace == 'aten':       # there composites, attention among them, come whole: taken apart where we look
+        if (
+            torch.is_inference_mode_enabled() and func.namespace == 'aten'
+        ):  # there composites, attention among them, come whole: taken apart where we look
             with self:
                 out = func.decompose(*args, **(kwargs or {}))
             if out is not NotImplemented:
@@ -52,7 +69,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, (t.numel(), t.numel() * t.element_size(), str(func)), key=lambda x: x[0])
+                self.largest = max(
+                    self.largest, (t.numel(), t.numel() * t.element_size(), str(func)), key=lambda x: x[0]
+                )
                 storage = t.untyped_storage()
                 if storage._cdata not in self.alive:                     # views share it
                     self.alive.add(storage._cdata)
@@ -68,9 +87,14 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def recorded(pe='nope', dtype=None, n_layer=2):
-    """-> a Recorder, and a network whose weights it has counted. dtype: frozen, as the scripts that do not train hold it."""
-    with torch.device('meta'):                       # before the mode: parameters that are fake cannot change their dtype
-        model = GPT(GPTConfig(**PRESETS['tinyllama'] | dict(n_layer=n_layer, vocab_size=V, pe=pe, block_size=T if pe == 'learned' else 2048)))
+    """-> a Recorder, and a network whose weights it has counted; with a dtype frozen, as by scripts that measure."""
+    with torch.device('meta'):  # before the mode: parameters that are fake cannot change their dtype
+        model = GPT(
+            GPTConfig(
+                **PRESETS['tinyllama']
+                | dict(n_layer=n_layer, vocab_size=V, pe=pe, block_size=T if pe == 'learned' else 2048)
+            )
+        )
     if dtype:
         frozen(model, Env(device='meta', dtype=dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as seen:
@@ -79,7 +103,10 @@ def recorded(pe='nope', dtype=None, n_layer=2):
 
 def small(seen):
     elements, nbytes, op = seen.largest
-    print(f'largest {elements / 1e6:.0f}M elements, {nbytes / 1e9:.2f} GB, from {op}; at most {seen.peak / 1e9:.2f} GB alive')
+    print(
+        f'largest {elements / 1e6:.0f}M elements, {nbytes / 1e9:.2f} GB, from {op}; '
+        f'at most {seen.peak / 1e9:.2f} GB alive'
+    )
     assert 0 < elements < min(T * T, T * V), seen.largest
 
 
@@ -91,13 +118,15 @@ def test_training(pe, dtype):
         with ENV[dtype].autocast():
             loss = model(x, x)[1]
         loss.backward()
-        assert {k for k, p in model.named_parameters() if p.grad is None} == {f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')}
+        assert {k for k, p in model.named_parameters() if p.grad is None} == {
+            f'blocks.{i}.attn.{what}' for i in (0, 1) for what in ('scale', 'slope')
+        }
     small(seen)
 
 
 MEASURE = dict(
     validate=lambda model, env: train.validate(model, DATA, 1, ARGS, env),
-    uniform=lambda model, env: extend.uniform(model, DATA, 1, ARGS, env),
+    uniform=lambda model, env: extend.uniform(model, CORPUS, ARGS, env),
     perplexity=lambda model, env: extend.perplexity(model, [DATA], 1, [T], 256, 512, env, T),
     entropies=lambda model, env: extend.entropies(model, [DATA], T, env),
     passkey=lambda model, env: eval_passkey.score(model, [[1] * (T - 6)], [[1] * 6], env),
@@ -109,22 +138,32 @@ MEASURE = dict(
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 @pytest.mark.parametrize('what', MEASURE)
 def test_measuring(what, dtype):
-    with recorded('rope', dtype) as (seen, model):   # nope and a rotation
-        with ENV[dtype].autocast():
-            MEASURE[what](model, ENV[dtype])
+    env = ENV[dtype]
+    with recorded('rope', dtype) as (seen, model), env.autocast():       # nope and a rotation
+        MEASURE[what](model, env)
     small(seen)
 
 
-@pytest.mark.parametrize('checkpointing, kept, aim', [(False, 23.1e9, 30e9), (True, 3.2e9, 8e9)], ids=['plain', 'checkpointing'])
+@pytest.mark.parametrize(
+    'checkpointing, kept, aim', [(False, 23.1e9, 30e9), (True, 3.2e9, 8e9)], ids=['plain', 'checkpointing']
+)
 def test_tuning_the_whole_model(checkpointing, kept, aim):
-    """kept: what autograd holds when backward begins, as results/README.md gives it. aim: for everything, weights included."""
+    """kept: what autograd holds when backward begins, as results/README.md has it. aim: for all, weights included."""
     with recorded('nope', 'bf16', 22) as (seen, model):
         weights, after = seen.live, []
         model.register_forward_hook(lambda *_: after.append(seen.live - weights))
-        extend.tune(model, DATA, 1, SimpleNamespace(**vars(ARGS) | dict(activation_checkpointing=checkpointing)), ENV['bf16'])
+        args = SimpleNamespace(**vars(ARGS) | dict(activation_checkpointing=checkpointing))
+        extend.tune(model, CORPUS, args, ENV['bf16'])
     small(seen)
-    print(f'weights {weights / 1e9:.2f} GB, kept for backward {after[0] / 1e9:.2f}, at most {seen.peak / 1e9:.2f} with the weights')
-    assert 2.2e9 < weights < 2.4e9 and after[0] == pytest.approx(kept, rel=0.02) and weights + after[0] < seen.peak < 0.9 * aim
+    print(
+        f'weights {weights / 1e9:.2f} GB, kept for backward {after[0] / 1e9:.2f}, '
+        f'at most {seen.peak / 1e9:.2f} with the weights'
+    )
+    assert (
+        2.2e9 < weights < 2.4e9
+        and after[0] == pytest.approx(kept, rel=0.02)
+        and weights + after[0] < seen.peak < 0.9 * aim
+    )
 
 
 def test_the_recorder_sees_what_is_forbidden():

@@ -717,8 +717,14 @@ def test_model_py_samples_the_same_text_from_the_same_seed(trained):
     assert first != other
 
 
-@pytest.mark.parametrize('flags, words', [
-    ('nowhere x', ['nowhere']), ('{trained} mauve', ['passkey vocabulary']), ('{trained} --max_new_tokens 0', ['--max'])])
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('nowhere x', ['nowhere']),
+        ('{trained} mauve', ['passkey vocabulary']),
+        ('{trained} --max_new_tokens 0', ['--max']),
+    ],
+)
 def test_model_py_refuses_what_it_cannot_do(flags, words, trained):
     with refused(*words):
         run(model_py, flags.format(trained=trained), '--device cpu')

@@ -215,7 +215,12 @@ def test_oracle(miss):
 
 @pytest.mark.parametrize('block_size, marked', [(128, '128'), (200, '128'), (256, '256'), (1000, '512'), (100, None)])
 def test_heat_map_marks_the_training_length(block_size, marked):
-    grid = [dict(length=n, depth=d, trial=t, accuracy=int(n < 500 and t < 2 * d + 1)) for n in (128, 256, 512) for d in (0, 0.5) for t in range(2)]
+    grid = [
+        dict(length=n, depth=d, trial=t, accuracy=int(n < 500 and t < 2 * d + 1))
+        for n in (128, 256, 512)
+        for d in (0, 0.5)
+        for t in range(2)
+    ]
     lines = figures.heat_map(grid, block_size).splitlines()
     assert re.findall(r'(\d+) \|', lines[0]) == ([marked] if marked else []) and len(lines) == 6
     half, full, mean = lines[2:5]
@@ -223,9 +228,19 @@ def test_heat_map_marks_the_training_length(block_size, marked):
     assert re.findall(r'\d+%', mean) == ['75%', '75%', '0%']
 
 
-@pytest.mark.parametrize('case', [
-    '--ckpt nowhere : nowhere', '--ckpt {corpus}/val.bin : val.bin not a whole', '--lengths 96,20 : 20 too short', '--out {corpus}/val.bin/x',
-    '--depths 0', '--trials 0', '--seed -1', '--batch_tokens 0'])
+@pytest.mark.parametrize(
+    'case',
+    [
+        '--ckpt nowhere : nowhere',
+        '--ckpt {corpus}/val.bin : val.bin not a whole',
+        '--lengths 96,20 : 20 too short',
+        '--out {corpus}/val.bin/x',
+        '--depths 0',
+        '--trials 0',
+        '--seed -1',
+        '--batch_tokens 0',
+    ],
+)
 def test_bad_input_of_eval_passkey(case, corpus, trained, tmp_path):
     check_refused(eval_passkey, f'--ckpt {trained} --out {tmp_path}/out {CPU}', case.format(corpus=corpus))
     assert not (tmp_path / 'out').exists()

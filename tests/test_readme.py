@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT, refused
 
 DOCUMENTS = ('README.md', 'data/README.md', 'results/README.md')
-COMMAND = re.compile(r'(?:python3?|torchrun(?: --[a-z]\S*)*) (-m (?:data|results)\.[\w.]+|[a-z_]+\.py)(?= |$|`)([^#`|]*)')
+COMMAND = re.compile(
+    r'(?:python3?|torchrun(?: --[a-z]\S*)*) (-m (?:data|results)\.[\w.]+|[a-z_]+\.py)(?= |$|`)([^#`|]*)'
+)
 
 
 def read(file):

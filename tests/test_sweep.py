@@ -52,7 +52,12 @@ def ended(todo, workers, threads=None):
 
 def test_a_stage_that_fails_costs_no_other_that_runs(monkeypatch):
     jobs = Jobs(monkeypatch)
-    todo = [stage('fails', seconds=0.1, code=3), stage('ends', seconds=0.3), stage('waits', after='ends'), stage('never')]
+    todo = [
+        stage('fails', seconds=0.1, code=3),
+        stage('ends', seconds=0.3),
+        stage('waits', after='ends'),
+        stage('never'),
+    ]
     assert ended(todo, 2, 2) == (['ends'], 3)
     assert jobs.begun == [('fails', 2), ('ends', 2)]
 
@@ -159,7 +164,9 @@ def test_the_table_of_encodings(tmp_path, in_process, monkeypatch):
     said = run(reproduce, flags)
     plan = Plan('toy', 'encodings', str(tmp_path))
     lines = read_csv(f'{tmp_path}/rows.csv')
-    assert [(line['row'], int(line['length'])) for line in lines] == [(r.name, n) for r in kept for n in plan.row_lengths(r)]
+    assert [(line['row'], int(line['length'])) for line in lines] == [
+        (r.name, n) for r in kept for n in plan.row_lengths(r)
+    ]
     assert all(3 < float(line['loss']) < 6 for line in lines)
     assert all(f'\n| {row.name} |' in last_table(said) for row in kept)
     in_process.clear()
@@ -203,10 +210,11 @@ def compared(hits, tmp_path):
 
 @pytest.mark.parametrize('i, times', [(0, 1), (1, 2)])
 def test_a_difference_is_paired_and_has_its_standard_error(i, times, hits, compared):
-    d = np.stack([hits[s, 'NoPE head'][i].astype(float) - hits[s, 'NoPE'][i] for s in (1, 2)])           # (seed, prompt)
+    d = np.stack([hits[s, 'NoPE head'][i].astype(float) - hits[s, 'NoPE'][i] for s in (1, 2)])  # (seed, prompt)
     error, each = d.mean(0).std(ddof=1) / np.sqrt(20), d.mean(1)
     star = '*' if abs(d.mean()) >= 2 * error and each.prod() >= 0 else ''
-    want = f'| {times}x | {100 * d.mean():+.1f} ±{100 * error:.1f}{star} | {100 * each[0]:+.0f}, {100 * each[1]:+.0f} |'
+    by_seed = f'{100 * each[0]:+.0f}, {100 * each[1]:+.0f}'
+    want = f'| {times}x | {100 * d.mean():+.1f} ±{100 * error:.1f}{star} | {by_seed} |'
     assert want in compared('NoPE head', 'NoPE')
 
 
