@@ -114,7 +114,7 @@ def main(argv=None):
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
     split_batch(run, env)
     env.print(describe_rows(run.rows, run.rows_why, data, run.length, docs))
-    choose_dtype(env, run.dtype, raw.config, run.length, training=True)
+    choose_dtype(env, run.dtype, raw.config, run.length, training=True, why=run.dtype_why)
     run.dtype = env.dtype                            # a resumed run stays with it
     check_machine(run, raw, resumed, meta, env)
     raw.activation_checkpointing = run.activation_checkpointing

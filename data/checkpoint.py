@@ -33,7 +33,8 @@ def save_checkpoint(path, ckpt):
     except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
         with suppress(OSError):                      # half a file would go on filling the disk
             os.remove(tmp)
-        fail(f'could not save {path} ({str(e).partition(chr(10))[0]}): free some space or choose another --out; what was saved before is intact')
+        reason = str(e).splitlines()[0]
+        fail(f'could not save {path} ({reason}): free some space or choose another --out; what was saved before is intact')
 
 
 def find_checkpoint(path):
@@ -41,22 +42,29 @@ def find_checkpoint(path):
     path = os.fspath(path)
     if not os.path.isdir(path):
         return path if os.path.exists(path) else None
-    # a kill between the two renames of a save leaves the previous one only
-    return next((p for p in (f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt') if os.path.exists(p)), None)
+    for file in f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt':           # a kill between the renames of a save leaves the second
+        if os.path.exists(file):
+            return file
+    return None
 
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. A damaged, foreign or unsafe file is refused in one line."""
     file = find_checkpoint(path)
     if file is None:
-        inside = ', '.join(sorted(f for f in os.listdir(path) if not f.startswith('.'))[:8]) if os.path.isdir(path) else ''
-        fail(f'no checkpoint at {path}' + (f' (it holds {inside})' if inside else '') + ': train one with train.py --out')
+        inside = ''
+        if os.path.isdir(path):
+            files = sorted(f for f in os.listdir(path) if not f.startswith('.'))
+            inside = f' (it holds {", ".join(files[:8])})' if files else ''
+        fail(f'no checkpoint at {path}{inside}: train one with train.py --out')
     prev = file.removesuffix('.pt') + '.prev.pt'
     other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''
     try:
-        with zipfile.ZipFile(file) as z:             # torch.load does not look at the checksums
-            # a folder's mark in the directory makes torch leave the tensor unread, without a word
-            bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
+        with zipfile.ZipFile(file) as z:
+            bad = z.testzip()                        # torch.load does not look at the checksums
+            for entry in z.infolist():
+                if entry.external_attr & 0x10:       # marked as a folder: torch would silently leave the tensor unread
+                    bad = bad or entry.filename
         if bad:
             fail(f'{file} is damaged (checksum of {bad}): restore it or train again{other}')
         ckpt = torch.load(file, map_location='cpu', weights_only=True)
@@ -74,7 +82,9 @@ def load_checkpoint(path):
 def fingerprint(path):
     """Of a checkpoint's contents: the checksums that its file carries."""
     with zipfile.ZipFile(find_checkpoint(path)) as z:
-        return hashlib.sha256(str([(i.filename.partition('/')[2], i.CRC) for i in z.infolist()]).encode()).hexdigest()
+        # an entry's name without the folder, which is named after the file
+        checksums = [(entry.filename.partition('/')[2], entry.CRC) for entry in z.infolist()]
+    return hashlib.sha256(str(checksums).encode()).hexdigest()
 
 
 def stem(path):
@@ -90,51 +100,67 @@ def load_model(ckpt, **override):
     except (TypeError, ValueError) as e:
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
-    # a position table comes and goes with pe; everything else must be there, in the same shape
-    diff = [k for k in want if k not in have and not k.startswith('pos_')] + [k for k in have if k not in want and not k.startswith('pos_')]
-    diff += [f'{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}' for k in want if k in have and have[k].shape != want[k].shape]
-    if diff:
-        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(diff[:4])}{" ..." if len(diff) > 4 else ""}')
-    # the tensors themselves, so that they are held once; but those of a converted one may be in half precision, or the head one with the embedding
+    differs = [name for name in (*want, *have) if name not in have or name not in want]
+    differs = [name for name in differs if not name.startswith('pos_')]              # tables come and go with pe
+    for name in want.keys() & have.keys():
+        if have[name].shape != want[name].shape:
+            differs.append(f'{name} {tuple(have[name].shape)} for {tuple(want[name].shape)}')
+    if differs:
+        more = ' ...' if len(differs) > 4 else ''
+        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(sorted(differs)[:4])}{more}')
+
+    # the checkpoint's tensors themselves, so that memory holds them once. Those of a converted one may be in half
+    # precision, or the head's may be the embedding's
     tied = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
-    own = {k: have[k].detach().to(want[k].dtype, copy=tied and k == 'lm_head.weight') for k in want if k in have}
-    for k in want.keys() - own.keys():               # the table of a position encoding that the checkpoint has not
-        own[k] = torch.nn.init.normal_(torch.empty(want[k].shape), std=init_std(model.config, k))
-    model.load_state_dict(own, assign=True)
+    weights = {}
+    for name, shape in want.items():
+        if name in have:
+            weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
+        else:                                        # the table of a position encoding that the checkpoint does not have
+            weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
+    model.load_state_dict(weights, assign=True)
     return model
 
 
 def frozen(model, env):
     """
-    The model on its device, where nothing of it learns (but, later, temperatures). In bf16 its matrices are kept as
-    autocast would cast them at every use: the same numbers from half the memory.
+    The model on its device, where none of its weights learns. In bf16 its matrices are kept as autocast would cast them
+    at every use: the same numbers from half the memory.
     """
-    for m in model.eval().requires_grad_(False).modules():
-        if isinstance(m, torch.nn.Linear) and env.dtype == 'bf16':
-            m.to(torch.bfloat16)
+    model.eval().requires_grad_(False)
+    if env.dtype == 'bf16':
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.bfloat16)
     return model.to(env.device)
 
 
 def padded(n):
-    """Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token has the rows that are added."""
+    """
+    Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token has
+    the rows that are added.
+    """
     return n if n < 4096 else (n + 63) // 64 * 64
 
 
 def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
     """
-    The data's vocabulary is the model's, and the lengths lie inside a learned table. A model may have more rows than its tokenizer
-    has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers may share.
+    Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. A model may
+    have more rows than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(), which
+    other tokenizers may share.
     """
     n = meta['vocab_size']
-    same = config.vocab_size == n or config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer']) or n < config.vocab_size and meta['tokenizer'].startswith('hf:')
-    if not same:
-        fail(f'{data_path} has a vocabulary of {meta["vocab_size"]} ({meta["tokenizer"]}), the model one of {config.vocab_size}: use data of the tokenizer that it was trained with')
+    ours = config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer'])
+    hugging_face = config.vocab_size > n and meta['tokenizer'].startswith('hf:')
+    if config.vocab_size != n and not ours and not hugging_face:
+        fail(f'{data_path} has a vocabulary of {n} ({meta["tokenizer"]}), the model one of {config.vocab_size}: '
+             'use data of the tokenizer that it was trained with')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
 
 
 def preflight(out, need_bytes, need_memory=0):
-    """Before long work: the folder can be written and has room for need_bytes, and need_memory bytes are free (on Linux, which tells)."""
+    """Before long work: ends the program where `out` cannot be written, or bytes are lacking on the disk or in memory."""
     try:
         os.makedirs(out, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):        # a name of its own: all ranks come here at once
@@ -143,17 +169,29 @@ def preflight(out, need_bytes, need_memory=0):
         fail(f'--out {out} cannot be written ({e.strerror}): choose another folder')
     free = shutil.disk_usage(out).free
     if free < need_bytes:
-        fail(f'--out {out}: {free / 1e9:.2f} GB free, this will take up to {need_bytes / 1e9:.2f} GB: free some space or choose another folder')
+        fail(f'--out {out}: {free / 1e9:.2f} GB free, this will take up to {need_bytes / 1e9:.2f} GB: '
+             'free some space or choose another folder')
     need_memory *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if need_memory and os.path.exists('/proc/meminfo'):
-        free = next(int(line.split()[1]) * 1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
-        if free < need_memory:
-            fail(f'{free / 1e9:.1f} GB of memory are free, this will take at least {need_memory / 1e9:.1f} GB: lower --micro_batch or --length, give --activation_checkpointing, '
-                 'or take a smaller model')
+    free = free_memory()
+    if free is not None and free < need_memory:
+        fail(f'{free / 1e9:.1f} GB of memory are free, this will take at least {need_memory / 1e9:.1f} GB: '
+             'lower --micro_batch or --length, give --activation_checkpointing, or take a smaller model')
+
+
+def free_memory():
+    """Bytes that programs can still get, where the system tells (Linux); otherwise None."""
+    try:
+        with open('/proc/meminfo') as f:
+            for line in f:
+                if line.startswith('MemAvailable'):
+                    return int(line.split()[1]) * 1024           # in KiB
+    except OSError:
+        pass
+    return None
 
 
 def lock(out):
-    """Keeps a second run out of the folder while this one lives; the operating system drops it when we end. Keep the result."""
+    """Keeps a second run out of the folder as long as the returned file is open; it closes when the program ends."""
     import fcntl
     f = open(f'{out}/.lock', 'w')
     try:
@@ -161,5 +199,6 @@ def lock(out):
     except BlockingIOError:
         fail(f'another run is writing to {out}: wait for it, or choose another --out')
     except OSError as e:
-        print(f'warning: {out} cannot be locked on this file system ({e.strerror}): start no second run there', file=sys.stderr)
+        print(f'warning: {out} cannot be locked on this file system ({e.strerror}): start no second run there',
+              file=sys.stderr)
     return f

@@ -68,6 +68,7 @@ def resolve(args, recipes, config, resumed, parent):
     run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
     defaults = dict(recipes[run.preset], length=config.block_size)
     run.rows_why = 'as asked' if args.rows else f'the recipe of {run.preset}'
+    run.dtype_why = 'as asked'
     if args.init_from:                               # these belong to training from scratch
         defaults.pop('min_length', None)
         defaults.pop('decay_steps', None)
@@ -77,7 +78,7 @@ def resolve(args, recipes, config, resumed, parent):
             defaults[name] = began[name]
         run.rows_why = 'as this run began'
         if run.dtype == 'auto':
-            run.dtype = began['dtype']
+            run.dtype, run.dtype_why = began['dtype'], 'as this run began'
     for name, value in defaults.items():
         if getattr(run, name) is None:
             setattr(run, name, value)

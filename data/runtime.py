@@ -258,12 +258,14 @@ def pick_dtype(asked, device):
     return 'fp32', f'{unit} has no bf16 arithmetic'
 
 
-def choose_dtype(env, asked, config, length, training=False):
+def choose_dtype(env, asked, config, length, training=False, why='as asked'):
     """
     Sets env.dtype, and prints the line about the device. asked: 'bf16', 'fp32', or 'auto': on a GPU bf16 where the
-    hardware has it, on a CPU what is faster for a model of this config and rows of `length` tokens.
+    hardware has it, on a CPU what is faster for a model of this config and rows of `length` tokens. why: who asked.
     """
     dtype, reason = pick_dtype(asked, env.device)
+    if reason == 'as asked':
+        reason = why
     if asked == 'auto' and dtype == 'bf16' and env.device == 'cpu':
         # having the instructions is not enough: CPUs that have them may still be slower with them
         fp32, bf16 = time_block(config, length, training)
