@@ -246,7 +246,7 @@ class Attention(nn.Module):
         return lam[:, :, None]
 
     def forward(self, x, rope, log_len, mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). rope, log_len and mask as GPT.positions makes them."""
+        """x (B, T, C) -> (B, T, C). rope, mask: see GPT.rotation, GPT.mask."""
         B, T, C = x.shape
         q, k, v = self.qkv(x, rope, log_len)
         if cache is not None:
@@ -277,7 +277,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, log_len, mask=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope, log_len, mask, cache)
+        x = x + self.attn(self.attn_norm(x), rope=rope, log_len=log_len, mask=mask, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 

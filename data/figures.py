@@ -3,8 +3,11 @@ Tables, heat maps and plots that several scripts draw, and the files that they s
 """
 import csv
 import json
+import math
 import os
 from contextlib import suppress
+
+import numpy as np
 
 from data.runtime import fail
 
@@ -17,7 +20,8 @@ def pyplot(file):
         fail('--plot needs matplotlib: pip install matplotlib')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    if os.path.splitext(file)[1][1:] not in plt.figure().canvas.get_supported_filetypes() or not os.path.isdir(os.path.dirname(file) or '.'):
+    ending = os.path.splitext(file)[1][1:]
+    if ending not in plt.figure().canvas.get_supported_filetypes() or not os.path.isdir(os.path.dirname(file) or '.'):
         fail(f'--plot {file}: a file name like figure.png, in a folder that exists')
     plt.close('all')
     return plt
@@ -45,7 +49,8 @@ def write_result(file, write):
     except OSError as e:
         with suppress(OSError):
             os.remove(f'{file}.tmp')
-        fail(f'{file} cannot be written ({e.strerror}): free some space or choose another --out; what was written before is intact')
+        fail(f'{file} cannot be written ({e.strerror}): free some space or choose another --out; '
+             'what was written before is intact')
 
 
 def read_csv(file):
@@ -67,4 +72,104 @@ def read_json(file):
 
 def default_lengths(config):
     """1/2 1 1.5 2 3 4 6 8 times the training length, as far as the encoding is defined."""
-    return [n for n in (int(config.block_size * s) for s in (0.5, 1, 1.5, 2, 3, 4, 6, 8)) if config.pe != 'learned' or n <= config.block_size]
+    lengths = [int(config.block_size * times) for times in (0.5, 1, 1.5, 2, 3, 4, 6, 8)]
+    if config.pe == 'learned':
+        lengths = [n for n in lengths if n <= config.block_size]
+    return lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# passkey: accuracy by length and depth
+
+def accuracy(rows, length, depth=None):
+    """Mean of the rows of a csv at this length (and depth)."""
+    hits = [r['accuracy'] for r in rows if r['length'] == length and depth in (None, r['depth'])]
+    return float(np.mean(hits))
+
+
+def heat_map(rows, block_size):
+    """Rows of the csv -> text: depths down, lengths across, a bar where the training length ends."""
+    lengths = sorted({r['length'] for r in rows})
+    depths = sorted({r['depth'] for r in rows})
+    inside = [n for n in lengths if n <= block_size]
+
+    def line(head, cells):
+        text = f'{head:>7} '
+        for n, cell in zip(lengths, cells):
+            text += f'{cell:>6}' + (' |' if inside and n == inside[-1] else '  ')
+        return text
+
+    def shade(share):
+        return '.' if share == 0 else '░▒▓██'[int(share * 4)] * 4
+
+    lines = [line('length', map(str, lengths)), line('', [f'{n / block_size:g}x' for n in lengths])]
+    for depth in depths:
+        lines.append(line(f'{depth:.0%}', [shade(accuracy(rows, n, depth)) for n in lengths]))
+    lines.append(line('mean', [f'{accuracy(rows, n):.0%}' for n in lengths]))
+    lines.append(f'        depth down; | = training length {block_size}')
+    return '\n'.join(lines)
+
+
+def draw(ax, rows, block_size, title):
+    """The heat map on an axis of matplotlib."""
+    lengths = sorted({r['length'] for r in rows})
+    depths = sorted({r['depth'] for r in rows})
+    grid = [[accuracy(rows, n, depth) for n in lengths] for depth in depths]
+    ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
+    ax.axvline(sum(n <= block_size for n in lengths) - 0.5, color='black', linestyle='--')
+    ax.set(title=title, xlabel='length / training length (dashed)', ylabel='depth of the key')
+    ax.set_xticks(range(len(lengths)), [f'{n / block_size:g}' for n in lengths])
+    ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perplexity and entropy; results: {name: (rows of its ppl.csv, rows of its entropy.csv)}
+
+def entropy_by_position(rows):
+    """-> {position: the entropies of all heads}."""
+    found = {}
+    for r in rows:
+        found.setdefault(r['position'], []).append(r['entropy'])
+    return found
+
+
+def extension_tables(results, block_size, tokens_differ):
+    """A table of perplexity by length and one of entropy by position, as text. tokens_differ: between lengths."""
+    ppl = [rows for rows, _ in results.values()]
+    scored = [f'{r["tokens"]:,} tokens of {r["docs"]} documents' for r in ppl[0]]
+    where = 'other tokens at each length' if tokens_differ else f'the same {scored[0]} at every length'
+    lines = [f'\nperplexity: windows of the length named, stride {ppl[0][0]["stride"]}, {where}',
+             '  length          ' + ''.join(f'{name:>18}' for name in results)]
+    for i, r in enumerate(ppl[0]):
+        cells = ''.join(f'{rows[i]["ppl"]:>18.3f}' for rows in ppl)
+        lines.append(f'{r["length"]:>8} {r["length"] / block_size:>5g}x   {cells}')
+        if tokens_differ:
+            lines[-1] += f'   {scored[i]}'
+    lines.append('\nattention entropy in nats, mean over heads (least to most diffuse head)')
+    lines.append(' to position      ' + ''.join(f'{name:>22}' for name in results) + '      uniform attention')
+    by_position = [entropy_by_position(rows) for _, rows in results.values()]
+    for position in sorted(by_position[0])[3::4]:    # every fourth band
+        cells = ''
+        for found in by_position:
+            values = found[position]
+            text = f'{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})'
+            cells += f'{text:>22}'
+        lines.append(f'{position:>8} {position / block_size:>5g}x   {cells}{math.log(position):>23.2f}')
+    return '\n'.join(lines)
+
+
+def plot_extension(results, grid, title, block_size, file):
+    """grid (n_layer, n_head): the temperatures, or their slopes."""
+    fig, (left, middle, right) = pyplot(file).subplots(1, 3, figsize=(14, 4), layout='constrained')
+    for name, (ppl, entropy) in results.items():
+        left.plot([r['length'] for r in ppl], [r['ppl'] for r in ppl], marker='o', label=name)
+        found = entropy_by_position(entropy)
+        middle.plot(list(found), [sum(v) / len(v) for v in found.values()], label=name)
+    left.set(xlabel='length', ylabel='perplexity', xscale='log', yscale='log')
+    middle.set(xlabel='position', ylabel='attention entropy (nats)', xscale='log')
+    for ax in left, middle:
+        ax.axvline(block_size, color='black', linestyle='--', linewidth=1)
+        ax.legend()
+    fig.colorbar(right.imshow(grid.numpy(), cmap='viridis', aspect='auto'), ax=right)
+    right.set(xlabel='head', ylabel='layer', title=title)
+    fig.savefig(file, dpi=150)

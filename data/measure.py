@@ -1,0 +1,165 @@
+"""
+Perplexity by length and the entropy of attention, of any model.
+"""
+import math
+from itertools import islice
+from operator import itemgetter
+
+import torch
+from tqdm import tqdm
+
+from data.runtime import fail
+from data.tokens import anchor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where to score: windows, each (document, end), the tokens before `end`; the last `stride` of them are scored
+
+def windows(docs, longest, stride, tokens):
+    """
+    The same tokens at every length, each with length - stride to length - 1 tokens before it: all lie past `longest`, at
+    least `tokens` of them where there are as many, shared out evenly over the documents and evenly spaced in each.
+    """
+    room = []                                        # (windows that it has room for, document)
+    for doc in docs:
+        n = (len(doc) - longest) // stride
+        if n > 0:
+            room.append((n, doc))
+    if not room:
+        too_short(docs, f'has {longest + stride:,} tokens', '--lengths or --stride')
+    room.sort(key=itemgetter(0))                     # short documents first: what they lack, the others give
+    found = []
+    for i, (n, doc) in enumerate(room):
+        share = math.ceil((tokens / stride - len(found)) / (len(room) - i))
+        take = min(n, share)
+        for k in range(take):
+            found.append((doc, longest + stride * (1 + k * n // take)))
+    return found
+
+
+def beginnings(docs, length, stride, tokens):
+    """
+    For a model that was trained on beginnings of documents: the first `length` tokens of documents that have as many,
+    and no more than twice as many, so that what matters lies about as often inside the window at every length.
+    """
+    fitting = [doc for doc in docs if length < len(doc) <= 2 * length]
+    if not fitting:
+        too_short(docs, f'has {length:,} to {2 * length:,} tokens', '--lengths, or give --rows anywhere')
+    n = min(len(fitting), math.ceil(tokens / stride))
+    return [(fitting[i * len(fitting) // n], length) for i in range(n)]
+
+
+def paper_windows(docs, length, stride, tokens):
+    """
+    The rule of Wang et al. (their run_ppl.py): document after document, windows that end at `length`, length + stride,
+    and so on inside it. So each length has tokens, and maybe documents, of its own. (With 8 GPUs their 16 workers share
+    the budget, and stop after 512 windows in a document; here it is read whole.)
+    """
+    every = ((doc, end) for doc in docs for end in range(length, len(doc), stride))
+    windows = list(islice(every, math.ceil(tokens / stride)))
+    if not windows:
+        too_short(docs, f'is longer than {length:,} tokens', '--lengths')
+    return windows
+
+
+def too_short(docs, lacks, flags):
+    longest = max(len(doc) for doc in docs)
+    fail(f'no document of val.bin {lacks} (the longest has {longest:,}): lower {flags}')
+
+
+def choose_windows(docs, lengths, stride, tokens, paper, past, rows):
+    """{length: windows}, by the rule that paper and rows name."""
+    if paper:
+        return {n: paper_windows(docs, n, stride, tokens) for n in lengths}
+    if rows == 'documents':
+        return {n: beginnings(docs, n, stride, tokens) for n in lengths}
+    return dict.fromkeys(lengths, windows(docs, past or max(lengths), stride, tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perplexity and entropy
+
+@torch.inference_mode()
+def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, paper=False, past=None, rows='anywhere'):
+    """
+    -> a row {length, stride, docs, tokens, nll, ppl} for each length; nll is the mean over all scored tokens, in nats.
+    They are the same ones at every length, past `past` tokens (default: the longest length) of their documents; the
+    exceptions are paper (see paper_windows) and rows='documents' (see beginnings).
+    """
+    at = choose_windows(docs, lengths, stride, tokens, paper, past, rows)
+    if paper or rows == 'documents':
+        bos = None                                   # a window is as it comes
+    out = []
+    bar = tqdm(total=sum(n * len(ends) for n, ends in at.items()), unit='tok', unit_scale=True, desc='perplexity',
+               disable=not env.master, leave=False, dynamic_ncols=True)
+    for length, ends in at.items():
+        own = ends[env.rank::env.world]
+        size = max(1, batch_tokens // length)
+        total = torch.zeros(1, dtype=torch.float64)
+        for i in range(0, len(own), size):
+            w = anchor([doc[end - length:end] for doc, end in own[i:i + size]], bos).to(env.device)
+            with env.autocast():
+                loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
+            total += loss.item() * len(w) * stride
+            bar.update(len(w) * length * env.world)
+        scored = len(ends) * stride
+        nll = env.sum(total).item() / scored
+        n_docs = len({id(doc) for doc, _ in ends})
+        out.append(dict(length=length, stride=stride, docs=n_docs, tokens=scored, nll=nll, ppl=math.exp(nll)))
+    bar.close()
+    return out
+
+
+def attention_entropy(q, k, block=256, bias=None):
+    """
+    q (B, nh, T, hs), k (B, nkv, T, hs), bias (1, nh, T, T) on the scores -> (nh, T): the entropy of each query's causal
+    attention in nats, mean over B (Wang et al. 2024, eq. 2). Exact, and `block` rows of the T x T scores at a time.
+    """
+    B, nh, T, hs = q.shape
+    k = k.repeat_interleave(nh // k.size(1), dim=1).float()
+    entropy = []
+    with torch.autocast(q.device.type, enabled=False):       # or the fp32 product would go back to bf16
+        for i in range(0, T, block):
+            # (B, nh, block, up to i + block)
+            scores = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)
+            if bias is not None:
+                scores = scores + bias[..., i:i + block, :i + block]
+            n = scores.size(2)
+            future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            scores[..., i:].masked_fill_(future, -math.inf)
+            entropy.append(torch.special.entr(scores.softmax(-1)).sum(-1).mean(0))
+    return torch.cat(entropy, dim=-1)
+
+
+@torch.inference_mode()
+def entropies(model, docs, T, env, samples=4):
+    """-> (n_layer, n_head, T): mean over the first T tokens of up to `samples` documents, shared out to all processes."""
+    docs = [doc for doc in docs if len(doc) >= T][:samples]
+    total = torch.zeros(model.config.n_layer, model.config.n_head, T, device=env.device)
+    found = []
+
+    def look(attn, x, given):
+        q, k, _ = attn.qkv(*x, given['rope'], given['log_len'])
+        found.append(attention_entropy(q, k, bias=given['mask']))
+
+    hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
+    for doc in docs[env.rank::env.world]:
+        found.clear()
+        with env.autocast():
+            model(anchor([doc[:T]], None).to(env.device), rows=slice(-1, None))
+        total += torch.stack(found)
+    for hook in hooks:
+        hook.remove()
+    return env.sum(total).cpu() / len(docs)
+
+
+def entropy_rows(entropy, bands=32):
+    """(n_layer, n_head, T) -> rows {layer, head, position (the band's last), entropy (its mean)} of bands of positions."""
+    n_layer, n_head, T = entropy.shape
+    ends = sorted({T * i // bands for i in range(bands + 1)})        # a short T has fewer bands
+    rows = []
+    for layer in range(n_layer):
+        for h in range(n_head):
+            for start, end in zip(ends, ends[1:]):
+                mean = entropy[layer, h, start:end].mean().item()
+                rows.append(dict(layer=layer, head=h, position=end, entropy=mean))
+    return rows
