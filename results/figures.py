@@ -7,9 +7,8 @@ import os
 import statistics
 
 from data.checkpoint import load_checkpoint
-from data.figures import pyplot, read_csv
-from eval_passkey import draw as draw_heat_map
-from eval_passkey import heat_map
+from data.figures import draw as draw_heat_map
+from data.figures import heat_map, pyplot, read_csv
 from results.tables import GROUPS, SHOWN
 
 MEASURES = dict(loss=('loss (nats)', 1, 2), passkey=('passkey (%)', 100, 0))         # unit, factor, decimals
