@@ -24,7 +24,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.io import fail, get_tokenizer, lock, preflight, write_data
+from data.checkpoint import lock, preflight
+from data.runtime import fail
+from data.tokenizer import get_tokenizer
+from data.tokens import write_data
 
 SHARD = 2**22                                        # characters, about a second of work: what a stop loses for each process
 tokenizer_of = functools.cache(get_tokenizer)        # one for each process

@@ -35,7 +35,10 @@ import torch
 
 import eval_passkey
 import extend
-from data import io
+from data.checkpoint import frozen, load_checkpoint, load_model
+from data.figures import default_lengths, read_csv, write_csv
+from data.runtime import compiled, fail, int_list, parser, setup
+from data.tokenizer import get_tokenizer
 from data.hf import convert
 from model import GPT, PRESETS, GPTConfig
 
@@ -66,7 +69,7 @@ def contenders(args, tmp, size):
     """{name: (command, folder to run it in)} for one size."""
     layers, heads, width, rows, T = SIZES[size]
     inner, steps, large = width * 8 // 3 // 8 * 8, args.steps, size == 'tinyllama'
-    vocab, out = 32000 if large else io.get_tokenizer('passkey').n_vocab, {}
+    vocab, out = 32000 if large else get_tokenizer('passkey').n_vocab, {}
     if args.nanogpt:
         for name, more in {'nanoGPT': '--compile=False', 'nanoGPT, compiled': '--compile=True'}.items():
             out[name] = (f'{sys.executable} train.py --device={args.device} {more} --dataset=nanonope_bench --out_dir={tmp}/nanogpt --eval_interval=1000000 --eval_iters=1 --log_interval=1 --block_size={T} '
@@ -92,7 +95,7 @@ def contenders(args, tmp, size):
 
 def speed(args):
     rows, file = [], f'results/speed{"-tinyllama" * ("tinyllama" in args.size)}.csv'
-    others = [r for r in io.read_csv(file) if r['size'] not in args.size]
+    others = [r for r in read_csv(file) if r['size'] not in args.size]
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000'], check=True)
         for size in args.size:
@@ -103,7 +106,7 @@ def speed(args):
                 for split in ('train', 'val'):
                     shutil.copyfile(f'{tmp}/data/{split}.bin', f'{folder}/{split}.bin')
                 with open(f'{folder}/meta.pkl', 'wb') as f:
-                    pickle.dump(dict(vocab_size=32000 if size == 'tinyllama' else io.get_tokenizer('passkey').n_vocab), f)
+                    pickle.dump(dict(vocab_size=32000 if size == 'tinyllama' else get_tokenizer('passkey').n_vocab), f)
             for k in range(args.rounds):
                 for name, (command, folder) in contenders(args, tmp, size).items():
                     shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
@@ -126,16 +129,16 @@ def speed(args):
                                  tok_s=f'{1000 * tokens / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else '',
                                  **log.get(name, dict(mem_gb='', mfu=''))))
             if rows:
-                io.write_csv(file, sorted(others + rows, key=lambda r: list(SIZES).index(r['size'])))
+                write_csv(file, sorted(others + rows, key=lambda r: list(SIZES).index(r['size'])))
     return rows
 
 
 def once(what, length, shape, dtype, answer):
     """In a process of its own: seconds and peak memory of one step, prompt or window of one row; shape: fields of GPTConfig."""
-    env = io.setup(SimpleNamespace(device='auto', dtype=dtype, seed=0))
+    env = setup(SimpleNamespace(device='auto', dtype=dtype, seed=0))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape)).to(env.device) if what == 'train' else io.frozen(GPT(GPTConfig(**shape)), env)
-    tok, ids = io.get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
+    model = GPT(GPTConfig(**shape)).to(env.device) if what == 'train' else frozen(GPT(GPTConfig(**shape)), env)
+    tok, ids = get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
     args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=None, activation_checkpointing=what.endswith('checkpointing'))
     before = torch.cuda.memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -147,7 +150,7 @@ def once(what, length, shape, dtype, answer):
             loss.backward()
             opt.step()
         elif what.startswith('tune'):
-            extend.tune(model, ids, tok.bos, args, env)
+            extend.tune(model, extend.Corpus(ids, tok.bos), args, env)
         elif what == 'perplexity':
             extend.perplexity(model, [ids], tok.bos, [length], 64, 64, env, length)
         elif what == 'entropy':
@@ -156,7 +159,7 @@ def once(what, length, shape, dtype, answer):
             prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
             eval_passkey.score(model, [prompt], [answer], env)
     wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
-    net, opt = io.compiled(model, args, env), torch.optim.AdamW(model.parameters(), fused=True)
+    net, opt = compiled(model, args, env), torch.optim.AdamW(model.parameters(), fused=True)
     start, n = time.time(), 0
     step()                                           # compiles on a GPU; on a CPU it counts where it is long
     wait()
@@ -211,15 +214,15 @@ def costs(args):
                                                                       *(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9) for k in ('seconds', 'mb')))]
         rows[-1].update(zip(('grows_by', 'arithmetic_exponent', 'time_exponent', 'memory_exponent'), exponents))
         print(rows[-1], flush=True)
-        io.write_csv(file, rows)
+        write_csv(file, rows)
     return rows
 
 
 def perplexity(args):
     """Seconds of extend.perplexity, and of as many bare forward passes over the same number of windows, in turns."""
-    env = io.setup(SimpleNamespace(device=args.device, dtype='auto' if 'cuda' in args.device else 'fp32', seed=0))
-    vocab = 32000 if args.preset else io.get_tokenizer('passkey').n_vocab
-    model, rows = io.frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[args.preset or 'tiny'])), env), []
+    env = setup(SimpleNamespace(device=args.device, dtype='auto' if 'cuda' in args.device else 'fp32', seed=0))
+    vocab = 32000 if args.preset else get_tokenizer('passkey').n_vocab
+    model, rows = frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[args.preset or 'tiny'])), env), []
     wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
     for n in args.lengths:
         size, many = max(1, 2**14 // n), max(4, 2**16 // n)          # windows in a forward pass, and in all
@@ -242,7 +245,7 @@ def perplexity(args):
         forward, whole = (statistics.median(t[1:]) for t in times)
         rows.append(dict(preset=args.preset or 'tiny', length=n, windows=many, stride=stride, forward_s=f'{forward:.3f}', perplexity_s=f'{whole:.3f}', times=f'{whole / forward:.2f}'))
         print(rows[-1], flush=True)
-        io.write_csv('results/perplexity-speed.csv', rows)
+        write_csv('results/perplexity-speed.csv', rows)
     return rows
 
 
@@ -251,13 +254,13 @@ def passkey(args):
     try:
         from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
     except ImportError:
-        io.fail('--passkey measures transformers: pip install transformers')
-    env, ckpt = io.setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0)), io.load_checkpoint(args.passkey)
-    model, tok = io.load_model(ckpt).to(env.device).eval(), io.get_tokenizer(ckpt['tokenizer'])
+        fail('--passkey measures transformers: pip install transformers')
+    env, ckpt = setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0)), load_checkpoint(args.passkey)
+    model, tok = load_model(ckpt).to(env.device).eval(), get_tokenizer(ckpt['tokenizer'])
     c = model.config
     if c.qk_norm:                                    # not exported; Qwen3 has it, with a gain of 1 here, and RoPE, which by frequencies of 0 is none
         if c.pe not in ('nope', 'rope') or c.rope_inv_freq or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any():
-            io.fail(f'{args.passkey}: with QK-norm, transformers knows only nope and rope, not extended')
+            fail(f'{args.passkey}: with QK-norm, transformers knows only nope and rope, not extended')
         theirs = Qwen3ForCausalLM(Qwen3Config(**{hf: getattr(c, ours) for ours, hf in convert.SHAPE.items()}, head_dim=c.n_embd // c.n_head, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
                                               tie_word_embeddings=False, max_position_embeddings=16 * c.block_size, bos_token_id=tok.bos, eos_token_id=None, pad_token_id=None)).to(env.device).eval()
         theirs.load_state_dict({convert.hf_name(k): w for k, w in ckpt['model'].items() if not k.endswith(('.scale', '.slope'))}, strict=False)
@@ -269,7 +272,7 @@ def passkey(args):
             theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf').to(env.device).eval()
     theirs.generation_config.eos_token_id = None     # or they would stop there, or be kept from it
     file, shape = 'results/passkey-speed.csv', dict(layers=c.n_layer, width=c.n_embd)
-    rows = [r for r in io.read_csv(file) if {k: int(r[k]) for k in shape} != shape]              # of other shapes
+    rows = [r for r in read_csv(file) if {k: int(r[k]) for k in shape} != shape]              # of other shapes
 
     def ours_score(made):
         size = max(1, 2**14 // len(made[0][0] + made[0][1]))
@@ -282,7 +285,7 @@ def passkey(args):
         x = torch.tensor([m[0]], device=env.device)
         return theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(m[1]), do_sample=False)[0].tolist()
 
-    for n in io.default_lengths(model.config)[1:]:   # half of it may hold no prompt
+    for n in default_lengths(model.config)[1:]:   # half of it may hold no prompt
         made = [eval_passkey.make_prompt(tok, n, d, 10, np.random.default_rng((42, n, d, t))) for t in range(2) for d in range(10)]
         for how in (ours_score, their_score):        # nobody is timed cold
             how(made[:1])
@@ -296,12 +299,12 @@ def passkey(args):
         rows.append(dict(shape, length=n, prompts=len(made), ours_s=f'{ours:.3f}', generate_s=f'{other:.3f}', times=f'{other / ours:.1f}', our_hits=sum(hits[0]), their_hits=sum(hits[1]),
                          decoded_alike=sum(model.generate(torch.tensor([m[0]], device=env.device), len(m[1]), temperature=0)[0].tolist() == their_text(m) for m in made)))
         print(rows[-1], flush=True)
-        io.write_csv(file, rows)
+        write_csv(file, rows)
     return rows
 
 
 def main():
-    p = io.parser(__doc__)
+    p = parser(__doc__)
     p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
     p.add_argument('--perplexity', action='store_true', help='measuring perplexity beside bare forward passes, instead of the speed of training')
     p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
@@ -310,16 +313,16 @@ def main():
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--steps', type=int, default=30)
-    p.add_argument('--lengths', type=io.int_list, default=[256, 1024, 4096, 16384, 32768])
+    p.add_argument('--lengths', type=int_list, default=[256, 1024, 4096, 16384, 32768])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = p.parse_args()
     if args.rounds < 1 or args.steps < 3:
-        io.fail('--rounds must be at least 1, --steps at least 3')
+        fail('--rounds must be at least 1, --steps at least 3')
     if args.preset and not (args.costs or args.perplexity):
-        io.fail('--preset is for --costs and --perplexity; the speed of training takes --size')
+        fail('--preset is for --costs and --perplexity; the speed of training takes --size')
     rows = (passkey if args.passkey else perplexity if args.perplexity else costs if args.costs else speed)(args)
     if not rows:
-        io.fail('nothing was measured: the lines above say why')
+        fail('nothing was measured: the lines above say why')
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
     for r in rows:
         print('| ' + ' | '.join(str(v) for v in r.values()) + ' |')

@@ -8,7 +8,7 @@ FineWeb-Edu (Penedo et al. 2024): web pages of educational value, a corpus for t
 From sample/10BT, ten billion tokens drawn from the whole at random. Open to all, no login.
 A stopped preparation goes on with the same command. Until it ends the disk holds every token twice (see data/stream.py).
 """
-from data.io import parser
+from data.runtime import parser
 from data.stream import Corpus, flags, prepare
 
 

@@ -22,9 +22,10 @@ from dataclasses import asdict, replace
 
 import torch
 
-import extend
-from data import io
-from model import GPT, GPTConfig, rope_frequencies
+from data.checkpoint import find_checkpoint, load_checkpoint, load_model, preflight, save_checkpoint
+from data.runtime import fail, parser
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
 SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads', n_kv_head='num_key_value_heads',
@@ -49,7 +50,7 @@ def read_json(file):
         with open(file) as f:
             return dict(json.load(f))
     except (OSError, ValueError, TypeError) as e:
-        io.fail(f'{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}): download it again')
+        fail(f'{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}): download it again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,11 +67,11 @@ def read_scaling(c, rope, longest):
     if kind == 'default':
         return None, 1.0
     if kind == 'linear':
-        return extend.pi(c, factor * L)
+        return pi(c, factor * L)
     if kind == 'dynamic':                            # its s at length l is factor l / L - factor + 1; here l = factor L
-        return extend.ntk(c, (factor * factor - factor + 1) * L)
+        return ntk(c, (factor * factor - factor + 1) * L)
     if kind == 'yarn':
-        freq, lam = extend.yarn(c, factor * L)
+        freq, lam = yarn(c, factor * L)
         return freq, lam if rope.get('attention_factor') is None else rope['attention_factor'] ** 2      # it multiplies q and k
     if kind == 'longrope':
         on_each = rope.get('attention_factor') or math.sqrt(1 + math.log(max(1, factor)) / math.log(L))
@@ -114,32 +115,32 @@ def read_config(folder, pe):
     try:
         for field, fine in PLAIN.items():
             if (value := {**config, **rope}.get(field, fine[0])) not in fine:
-                io.fail(f'{file}: {field} {value!r} has no counterpart here (only {" or ".join(map(repr, fine))})')
+                fail(f'{file}: {field} {value!r} has no counterpart here (only {" or ".join(map(repr, fine))})')
         if any(isinstance(v, dict) for v in rope.values()):
-            io.fail(f'{file}: rope_parameters differ between layers; here they are the same in all')
+            fail(f'{file}: rope_parameters differ between layers; here they are the same in all')
         if config.get('use_sliding_window') and config.get('sliding_window') or set(config.get('layer_types') or ()) - {'full_attention'}:
-            io.fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); here every token sees all before it')
+            fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); here every token sees all before it')
         if config.get('head_dim') not in (None, config['hidden_size'] / config['num_attention_heads']):
-            io.fail(f'{file}: head_dim {config["head_dim"]} is not hidden_size / num_attention_heads, the only head size here')
+            fail(f'{file}: head_dim {config["head_dim"]} is not hidden_size / num_attention_heads, the only head size here')
         smollm3, n, every = config.get('model_type') == 'smollm3', config['num_hidden_layers'], config.get('no_rope_layer_interval', 4)
         layers = (config.get('no_rope_layers') or [int((i + 1) % every > 0) for i in range(n)])[:n] if smollm3 else [1]      # 1: with RoPE
         if not pe and len(set(layers)) > 1:
-            io.fail(f'{file}: no_rope_layers mixes layers with and without RoPE; here all are alike (--pe nope drops it everywhere)')
+            fail(f'{file}: no_rope_layers mixes layers with and without RoPE; here all are alike (--pe nope drops it everywhere)')
         config['num_key_value_heads'] = config.get('num_key_value_heads') or config['num_attention_heads']
         longest = config['max_position_embeddings']
         shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
         shape['block_size'] = config.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or longest
         for name, value in {'max_position_embeddings': longest, **shape}.items():
             if not isinstance(value, int):
-                io.fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
+                fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
         theta = rope.get('rope_theta') or config.get('rope_theta') or (2e6 if smollm3 else 1e4)
         c = GPTConfig(**shape, pe=pe or ('rope' if layers[0] else 'nope'), norm_eps=float(config.get('rms_norm_eps', 1e-6)), rope_theta=float(theta))
         freq, lam = read_scaling(c, rope, longest) if c.pe == 'rope' else (None, 1.0)
         return replace(c, rope_inv_freq=freq), float(lam), longest, config.get('tie_word_embeddings', smollm3)
     except KeyError as e:
-        io.fail(f'{file} lacks {e.args[0]}')
+        fail(f'{file} lacks {e.args[0]}')
     except (AttributeError, TypeError, ValueError, ArithmeticError, IndexError) as e:
-        io.fail(f'{file} describes no network that can be built ({e})')
+        fail(f'{file} describes no network that can be built ({e})')
 
 
 def weight_files(folder):
@@ -151,9 +152,9 @@ def weight_files(folder):
             files = sorted({f'{folder}/{f}' for f in dict(read_json(f'{folder}/{name}.index.json').get('weight_map') or {}).values()})
             for f in files:
                 if not os.path.isfile(f):
-                    io.fail(f'{f} is missing, but {name}.index.json names it: download it again')
+                    fail(f'{f} is missing, but {name}.index.json names it: download it again')
             return files
-    io.fail(f'{folder} holds no weights: model.safetensors or pytorch_model.bin, or shards of them with their index.json')
+    fail(f'{folder} holds no weights: model.safetensors or pytorch_model.bin, or shards of them with their index.json')
 
 
 def weights(file):
@@ -167,46 +168,46 @@ def weights(file):
         else:
             zipped = zipfile.is_zipfile(file)        # before torch 1.6 it was a bare pickle, which cannot be mapped
             if zipped and (bad := zipfile.ZipFile(file).testzip()):      # torch.load does not look at the checksums
-                io.fail(f'{file} is damaged (checksum of {bad}): download it again')
+                fail(f'{file} is damaged (checksum of {bad}): download it again')
             yield from torch.load(file, map_location='cpu', weights_only=True, mmap=zipped).items()
     except ImportError:
-        io.fail(f'{file} needs safetensors: pip install safetensors')
+        fail(f'{file} needs safetensors: pip install safetensors')
     except Exception as e:                           # every kind of damage has its own
         what = 'would run code when loaded: get it as safetensors'
-        io.fail(f'{file} ' + (what if 'weights_only' in str(e).lower() else f'is no whole file of weights ({type(e).__name__}): download it again'))
+        fail(f'{file} ' + (what if 'weights_only' in str(e).lower() else f'is no whole file of weights ({type(e).__name__}): download it again'))
 
 
 def read(folder, out, pe):
     """A Hugging Face folder -> the checkpoint file `out`."""
     if not out.endswith('.pt') or os.path.exists(out):
-        io.fail(f'{out} ' + ('exists already: remove it, or choose another name' if out.endswith('.pt') else 'must be a file name like out/name/ckpt.pt'))
+        fail(f'{out} ' + ('exists already: remove it, or choose another name' if out.endswith('.pt') else 'must be a file name like out/name/ckpt.pt'))
     c, lam, longest, tied = read_config(folder, pe)
     files, model = weight_files(folder), {}
     with torch.device('meta'):                       # names and shapes only
         want = {k: v.shape for k, v in GPT(c).state_dict().items()}
     ours = {hf_name(k): k for k in want if not k.endswith(('scale', 'slope'))}
     out = os.path.join(os.path.dirname(out) or '.', os.path.basename(out))
-    io.preflight(os.path.dirname(out), sum(os.path.getsize(f) for f in files))
+    preflight(os.path.dirname(out), sum(os.path.getsize(f) for f in files))
     for file in files:
         for name, w in weights(file):
             if name.endswith('rotary_emb.inv_freq'):             # old folders store what config.json says
                 continue
             if name not in ours:
-                io.fail(f'{file}: weight {name} has no counterpart here')
+                fail(f'{file}: weight {name} has no counterpart here')
             shape = want[ours[name]]
             if not torch.is_tensor(w) or w.dtype not in DTYPES.values() or w.shape != shape:
                 found = f'{str(w.dtype)[6:]} {tuple(w.shape)}' if torch.is_tensor(w) else type(w).__name__
-                io.fail(f'{file}: weight {name} is {found}, not {tuple(shape)} in {", ".join(DTYPES)}: it does not belong to this config.json')
+                fail(f'{file}: weight {name} is {found}, not {tuple(shape)} in {", ".join(DTYPES)}: it does not belong to this config.json')
             model[ours[name]] = w
     if tied and 'embed.weight' in model:
         model.setdefault('lm_head.weight', model['embed.weight'])        # in the file they stay one
     if missing := [name for name, k in ours.items() if k not in model]:
-        io.fail(f'{folder} lacks {len(missing)} weights, {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""}: download it again')
+        fail(f'{folder} lacks {len(missing)} weights, {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""}: download it again')
     for i in range(c.n_layer):
         model[f'blocks.{i}.attn.scale'], model[f'blocks.{i}.attn.slope'] = torch.full((c.n_head,), lam), torch.zeros(c.n_head)
     # args: what train.py --init_from looks for (whose recipe), and the length that it was made for
     args = dict(preset='tinyllama', length=longest, init_from=folder)
-    io.save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0, seed=0, args=args, fingerprint=None,
+    save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0, seed=0, args=args, fingerprint=None,
                                  tokenizer=f'hf:{folder}', extended=None))
     print(f'{out}: pe={c.pe}, {c.n_layer} layers, {sum(math.prod(s) for s in want.values()):,} parameters, training length {c.block_size}'
           + (', scaled RoPE' if c.rope_inv_freq else '') + f', tokenizer hf:{folder}')
@@ -225,7 +226,7 @@ def special_ids(tokenizer, vocab_size):
         if not 0 <= (ids['pad_token_id'] or 0) < vocab_size:     # -1 is seen; with an id outside the vocabulary no model is built
             ids['pad_token_id'] = None
     else:
-        ids['bos_token_id'] = ids['eos_token_id'] = io.get_tokenizer(tokenizer).bos
+        ids['bos_token_id'] = ids['eos_token_id'] = get_tokenizer(tokenizer).bos
     return ids
 
 
@@ -238,23 +239,23 @@ def write(ckpt, folder, dtype):
     """A checkpoint -> a Hugging Face folder, whole or not at all."""
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        io.fail(f'{folder} exists already: remove it, or choose another name')
+        fail(f'{folder} exists already: remove it, or choose another name')
     with torch.device('meta'):                       # do the weights fit?
-        c = io.load_model(ckpt).config
+        c = load_model(ckpt).config
     model, none = ckpt['model'], 'has it, so it cannot be exported'
     if c.pe not in ('rope', 'nope'):
-        io.fail(f'pe={c.pe}: no architecture of transformers {none}')
+        fail(f'pe={c.pe}: no architecture of transformers {none}')
     if c.qk_norm:
-        io.fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
+        fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
     n, sloped = longest(ckpt), any(model[k].any() for k in model if k.endswith('.slope'))
     if sloped and n <= c.block_size:
-        io.fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to be frozen at: convert the one that extend.py wrote')
+        fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to be frozen at: convert the one that extend.py wrote')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
-        io.fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
+        fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
         from safetensors.torch import save_file
     except ImportError:
-        io.fail('writing model.safetensors needs safetensors: pip install safetensors')
+        fail('writing model.safetensors needs safetensors: pip install safetensors')
     kind, tied, lam = 'llama' if c.pe == 'rope' else 'smollm3', torch.equal(model['embed.weight'], model['lm_head.weight']), 1.0
     config = dict(architectures=[ARCHITECTURE[kind]], model_type=kind, **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}, hidden_act='silu',
                   attention_bias=False, mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
@@ -265,12 +266,17 @@ def write(ckpt, folder, dtype):
         config['rope_theta'], config['rope_scaling'], lam = write_scaling(c, n)
     else:                                            # 0 is without RoPE
         config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
-    io.preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
+    preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
 
-    scale, state = {k: model[k] + model[k.replace('scale', 'slope')] * math.log(n / c.block_size) for k in model if k.endswith('.scale')}, {}
+    scale, state = {}, {}
+    for k in model:
+        if k.endswith('.scale'):
+            scale[k] = model[k] + model[k.replace('scale', 'slope')] * math.log(n / c.block_size)
+            if c.qk_gain:
+                scale[k] = scale[k] * model[k.replace('scale', 'gain')]
     for k in list(model):
         w = model.pop(k)                             # one copy at a time
-        if k.endswith(('.scale', '.slope')) or k.startswith('pos_') or tied and k == 'lm_head.weight':
+        if k.endswith(('.scale', '.slope', '.gain')) or k.startswith('pos_') or tied and k == 'lm_head.weight':
             continue
         if k.endswith('q_proj.weight'):
             fold = scale[k.replace('q_proj.weight', 'scale')] / torch.tensor(lam)                # (nh,), fp32
@@ -288,7 +294,7 @@ def write(ckpt, folder, dtype):
             json.dump(config, f, indent=2)
         os.replace(tmp, folder)
     except Exception as e:                           # safetensors has errors of its own
-        io.fail(f'could not write {folder} ({str(e).partition(chr(10))[0]}): free some space or choose another folder')
+        fail(f'could not write {folder} ({str(e).partition(chr(10))[0]}): free some space or choose another folder')
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing is there any more but after a failure
     print(f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
@@ -296,7 +302,7 @@ def write(ckpt, folder, dtype):
 
 
 def main():
-    p = io.parser(__doc__)
+    p = parser(__doc__)
     p.add_argument('source', help='a Hugging Face folder, or a checkpoint (a file or a run\'s folder)')
     p.add_argument('out', help='the checkpoint to write (out/name/ckpt.pt), or the folder')
     p.add_argument('--pe', choices=('nope',), help='in: drop RoPE from every layer')
@@ -304,14 +310,14 @@ def main():
     args = p.parse_args()
     if os.path.exists(f'{args.source}/config.json'):
         if args.dtype:
-            io.fail('--dtype is for writing a Hugging Face folder; a checkpoint keeps the weights as they are')
+            fail('--dtype is for writing a Hugging Face folder; a checkpoint keeps the weights as they are')
         read(args.source.rstrip('/'), args.out, args.pe)
     else:
         if args.pe:
-            io.fail('--pe is for reading a Hugging Face folder; to drop RoPE from a checkpoint: train.py --init_from')
-        if not io.find_checkpoint(args.source):
-            io.fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR gets one) nor a checkpoint')
-        write(io.load_checkpoint(args.source), args.out, args.dtype or 'fp32')
+            fail('--pe is for reading a Hugging Face folder; to drop RoPE from a checkpoint: train.py --init_from')
+        if not find_checkpoint(args.source):
+            fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR gets one) nor a checkpoint')
+        write(load_checkpoint(args.source), args.out, args.dtype or 'fp32')
 
 
 if __name__ == '__main__':

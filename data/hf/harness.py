@@ -18,7 +18,9 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from data import io
+from data.checkpoint import check_fits, frozen, load_checkpoint, load_model
+from data.runtime import fail, setup
+from data.tokenizer import get_tokenizer
 from data.hf.convert import longest, special_ids
 from model import DECODING, KVCache
 
@@ -28,7 +30,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text, truncate_tokens
 except ImportError as e:
-    io.fail(f'data.hf.harness needs lm-evaluation-harness ({e}): pip install lm-eval')
+    fail(f'data.hf.harness needs lm-evaluation-harness ({e}): pip install lm-eval')
 
 
 @register_model('nanonope')
@@ -38,23 +40,23 @@ class NanoNoPE(TemplateLM):
                  batch_size=1, max_batch_size=None, device=None, **unknown):
         super().__init__()
         if unknown or not ckpt:
-            io.fail(f'model_args: {", ".join(unknown) + " unknown" if unknown else "no ckpt"}; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
+            fail(f'model_args: {", ".join(unknown) + " unknown" if unknown else "no ckpt"}; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
         if not all(str(n).isdigit() and int(n) > 0 for n in (batch_size, max_length or 1)):
-            io.fail(f'max_length={max_length} and --batch_size {batch_size} must be whole numbers above 0')
+            fail(f'max_length={max_length} and --batch_size {batch_size} must be whole numbers above 0')
         if truncation_side not in ('left', 'middle', 'right') or dtype not in ('auto', 'bf16', 'fp32'):
-            io.fail(f'model_args: truncation_side={truncation_side} (left, middle or right), dtype={dtype} (auto, bf16 or fp32)')
-        self.env = io.setup(SimpleNamespace(device=device or 'auto', dtype=dtype, seed=0))
+            fail(f'model_args: truncation_side={truncation_side} (left, middle or right), dtype={dtype} (auto, bf16 or fp32)')
+        self.env = setup(SimpleNamespace(device=device or 'auto', dtype=dtype, seed=0))
         if self.env.world > 1:
-            io.fail('data.hf.harness is one process: start it without torchrun')
-        ckpt = io.load_checkpoint(str(ckpt))
-        self.model = io.frozen(io.load_model(ckpt), self.env)
+            fail('data.hf.harness is one process: start it without torchrun')
+        ckpt = load_checkpoint(str(ckpt))
+        self.model = frozen(load_model(ckpt), self.env)
         self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
-        self.tok, ids = io.get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
+        self.tok, ids = get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
         self.ends = {self.tok.eos, *(i for v in ids for i in (v if isinstance(v, list) else [v]))}       # Llama 3 has several
         self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
-        io.check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
+        check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
     tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
@@ -113,10 +115,10 @@ class NanoNoPE(TemplateLM):
         for context, asked in tqdm([r.args for r in requests], disable=disable_tqdm):
             settings = normalize_gen_kwargs(asked)
             if settings['do_sample'] or settings.get('num_beams', 1) > 1:
-                io.fail('data.hf.harness decodes greedily: neither do_sample nor num_beams')
+                fail('data.hf.harness decodes greedily: neither do_sample nor num_beams')
             until = [s for s in handle_stop_sequences(settings['until'], eos=None) if s]
             if settings['max_gen_toks'] >= self.max_length:
-                io.fail(f'max_length={self.max_length} has no room for a prompt beside the {settings["max_gen_toks"]} tokens that the task generates')
+                fail(f'max_length={self.max_length} has no room for a prompt beside the {settings["max_gen_toks"]} tokens that the task generates')
             n = settings['max_gen_toks']
             whole = self.tok_encode(context)
             ids = self.anchor(whole, self.max_length - n, self.side)

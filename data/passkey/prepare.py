@@ -83,7 +83,9 @@ def generate(tokens, retrieval, gap, seed, longest=4096):
 
 
 def main():
-    from data.io import fail, get_tokenizer, parser, write_data
+    from data.runtime import fail, parser
+    from data.tokenizer import get_tokenizer
+    from data.tokens import write_data
     p = parser(__doc__)
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')

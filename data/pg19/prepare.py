@@ -7,7 +7,7 @@ PG-19 (Rae et al. 2020): the 100 books of its test set, for perplexity at length
 
 Open to all, no login. The default is a copy in parquet files: the original's loading script no longer runs.
 """
-from data.io import parser
+from data.runtime import parser
 from data.stream import Corpus, flags, prepare
 
 

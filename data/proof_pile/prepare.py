@@ -7,7 +7,7 @@ Proof-pile (Azerbayev et al. 2022): the test set, 46 thousand mathematical texts
 
 Open to all, no login. The file is read as it is: the data set's loading script no longer runs.
 """
-from data.io import parser
+from data.runtime import parser
 from data.stream import Corpus, flags, prepare
 
 

@@ -12,7 +12,7 @@ StarCoder's data is gated: accept its terms on https://huggingface.co/datasets/b
 the default is a copy that others uploaded, and --slimpajama takes a local folder of the original as well (.jsonl.zst).
 Every document begins with BOS; TinyLlama's end with EOS. A stopped preparation goes on with the same command.
 """
-from data.io import fail, parser
+from data.runtime import fail, parser
 from data.stream import Corpus, flags, prepare
 
 SHARES = dict(slimpajama=0.693584, starcoder=0.306416)

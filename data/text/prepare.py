@@ -13,7 +13,10 @@ import os
 
 from tqdm import tqdm
 
-from data.io import fail, get_tokenizer, parser, preflight, write_data
+from data.checkpoint import preflight
+from data.runtime import fail, parser
+from data.tokenizer import get_tokenizer
+from data.tokens import write_data
 
 
 def find(paths):
