@@ -65,7 +65,7 @@ class GPTConfig:
 
 PRESETS = dict(
     # CPU minutes: the synthetic passkey corpus
-    tiny=dict(block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_inner=128, qk_norm=True),
+    tiny=dict(block_size=256, n_layer=4, n_head=8, n_kv_head=8, n_embd=128, n_inner=128, qk_norm=True, qk_gain=True),
     # one GPU, under an hour: real text, 119M parameters with the GPT-2 vocabulary
     small=dict(block_size=1024, n_layer=12, n_head=10, n_kv_head=5, n_embd=640, n_inner=1728),
     # the paper: TinyLlama-1.1B (Wang et al. 2024, sec. 3; vocabulary 32000)
@@ -435,11 +435,8 @@ def sample(logits, temperature, top_k):
     return torch.multinomial((logits / temperature).softmax(-1), 1)
 
 
-def main(argv=None):
-    """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
-    from data.checkpoint import frozen, load_checkpoint, load_model
-    from data.runtime import fail, natural_float, parser, positive_int, setup
-    from data.tokenizer import get_tokenizer
+def parse_args(argv=None):
+    from data.runtime import natural_float, parser, positive_int
     p = parser(__doc__)
     p.add_argument('ckpt', help='checkpoint file or run folder')
     p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
@@ -447,8 +444,16 @@ def main(argv=None):
     p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    args = p.parse_args(argv)
-    args.dtype = 'fp32'
+    p.set_defaults(dtype='fp32')
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
+    from data.checkpoint import frozen, load_checkpoint, load_model
+    from data.runtime import fail, setup
+    from data.tokenizer import get_tokenizer
+    args = parse_args(argv)
     env = setup(args)
     ckpt = load_checkpoint(args.ckpt)
     model = frozen(load_model(ckpt), env)

@@ -42,12 +42,12 @@ class Corpus(NamedTuple):
     lanes: int = 1                                   # files read in turn, document by document
 
 
-def flags(p):
+def flags(p, argv=None):
     """Adds the flags of every corpus to the parser, and parses."""
     p.add_argument('--out', required=True, help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokenizer', default='gpt2', help='gpt2 (default), another tiktoken encoding, bytes, or hf:DIR')
     p.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizer processes (default: one for each core)')
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if not 0 < args.val <= 1:
         fail(f'--val {args.val} must be above 0, and at most 1')
     for flag, least in dict(workers=1, tokens=1, seed=0).items():

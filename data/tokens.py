@@ -184,12 +184,17 @@ def by_length(data, meta, split):
 def row_starts(data, T, docs=None):
     """
     All places where a row of T tokens, and the target of its last one, may begin.
-    docs: None for anywhere in the stream; by_length() for the beginning of a document that is longer than the row.
+    docs: None for anywhere in the stream; by_length() for the beginning of a document that is longer than the row, but
+    not more than twice as long (where there are such): what it is about then lies as often inside a row of any length.
     """
     if docs is None:
         return range(len(data) - T)
     starts, lengths = docs
-    return starts[np.searchsorted(lengths, T, side='right'):]
+    longer = np.searchsorted(lengths, T, side='right')
+    too_long = np.searchsorted(lengths, 2 * T, side='right')
+    if too_long == longer:
+        too_long = len(lengths)
+    return starts[longer:too_long]
 
 
 def open_rows(rows, data, meta, split, T, path):
@@ -225,7 +230,7 @@ def describe_rows(rows, why, data, T, docs):
     where = 'anywhere in the text, with BOS in place of their first token'
     if docs is not None:
         fitting = len(row_starts(data, T, docs))
-        where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) that are longer than {T:,} tokens'
+        where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) of {T + 1:,} to {2 * T:,} tokens'
     return f'rows begin {where} (--rows {rows}, {why})'
 
 

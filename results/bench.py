@@ -303,7 +303,7 @@ def passkey(args):
     return rows
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
     p.add_argument('--perplexity', action='store_true', help='measuring perplexity beside bare forward passes, instead of the speed of training')
@@ -315,11 +315,16 @@ def main():
     p.add_argument('--steps', type=int, default=30)
     p.add_argument('--lengths', type=int_list, default=[256, 1024, 4096, 16384, 32768])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.rounds < 1 or args.steps < 3:
         fail('--rounds must be at least 1, --steps at least 3')
     if args.preset and not (args.costs or args.perplexity):
         fail('--preset is for --costs and --perplexity; the speed of training takes --size')
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     rows = (passkey if args.passkey else perplexity if args.perplexity else costs if args.costs else speed)(args)
     if not rows:
         fail('nothing was measured: the lines above say why')

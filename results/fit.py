@@ -35,11 +35,15 @@ def fit(s, lam):
     return float(a), float(1 - ((lam - 1 - a * s) ** 2).sum() / max(1e-12, ((lam - lam.mean()) ** 2).sum()))
 
 
-def main(argv=None):
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('ckpts', nargs='+', metavar='CKPT',
                    help='checkpoints of one model by extend.py --method uniform, at two lengths or more')
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     points = []
     for file in args.ckpts:
         ckpt = load_checkpoint(file)

@@ -28,7 +28,7 @@ class Row:
     run: str
     method: str = None
     options: dict = field(default_factory=dict)
-    corpus: str = 'passkey_rare'
+    corpus: str = 'passkey_long'
     times: float = None
     train_on: dict = None
 
@@ -36,21 +36,15 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------------------
 # the recipe of the headline: corpora, runs, rows, and what is measured
 
-# options of data.passkey.prepare. The question comes often for most of the training: retrieval is learned early. It
-# comes rarely in the rest of it and while extending: retrieval then reaches over the whole window
+# options of data.passkey.prepare: documents of up to twice the training length to train on; longer ones of the same kind,
+# which ask oftener, to extend on and to measure with
 CORPORA = dict(
-    passkey=dict(tokens=12_000_000, retrieval=0.5),
-    passkey_rare=dict(tokens=4_000_000, retrieval=0.7, gap=200, seed=1),
-    # documents long enough to measure at 16x
-    passkey_long=dict(tokens=1_000_000, retrieval=0.7, gap=200, seed=2, longest=16384),
+    passkey=dict(tokens=8_000_000),
+    passkey_long=dict(tokens=8_000_000, gap=6, longest=8192, seed=1),
 )
-OFTEN = dict(steps=2400)
-RARELY = dict(steps=600, warmup=60, min_length=64, lr=1e-3, muon_lr=3e-3)
-
 RUNS = {}
 for pe in ENCODINGS:
-    RUNS[f'{pe}-often'] = Run(dict(pe=pe) | OFTEN)
-    RUNS[pe] = Run(dict(pe=pe) | RARELY, 'passkey_rare', start=f'{pe}-often')
+    RUNS[pe] = Run(dict(pe=pe))
 
 HEADLINE = [
     Row('NoPE', 'nope'),
@@ -62,18 +56,30 @@ HEADLINE = [
 # ---------------------------------------------------------------------------------------------------------------------
 # further tables
 
-# DroPE: the last eighth of training without RoPE, at the rates of the first part
-WITHOUT_ROPE = dict(pe='nope', steps=375, warmup=60, min_length=64)
-RUNS['rope-7-8'] = Run(dict(pe='rope') | RARELY | dict(steps=225), 'passkey_rare', start='rope-often')
-RUNS['drope'] = Run(WITHOUT_ROPE, 'passkey_rare', start='rope-7-8')
-RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE | dict(qk_norm=False), 'passkey_rare', start='rope-7-8')
+# DroPE: an eighth of the steps more, without RoPE
+WITHOUT_ROPE = dict(pe='nope', steps=200, warmup=60, min_length=64)
+RUNS['drope'] = Run(WITHOUT_ROPE, start='rope')
+RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE | dict(qk_norm=False), start='rope')
+# the recipe without one of its parts
+RUNS['nope-no-gain'] = Run(dict(pe='nope', qk_gain=False))
+RUNS['nope-4-heads'] = Run(dict(pe='nope', n_head=4, n_kv_head=4))
+RUNS['nope-anywhere'] = Run(dict(pe='nope', rows='anywhere'))
 
 ABLATIONS = HEADLINE + [
     Row('RoPE YaRN', 'rope', 'yarn'),
     Row('RoPE head', 'rope', 'head'),
-    Row('NoPE head, frequent questions', 'nope', 'head', corpus='passkey'),
     Row('NoPE head, from 1.0', 'nope', 'head', dict(init=1.0)),
     Row('NoPE head, no focus', 'nope', 'head', dict(focus=False)),
+    Row('NoPE uniform, tuned at 2x', 'nope', 'uniform', times=2),
+    Row('NoPE uniform, tuned at 4x', 'nope', 'uniform', times=4),
+    Row('NoPE head, tuned at 2x', 'nope', 'head', times=2),
+    Row('NoPE head, tuned at 4x', 'nope', 'head', times=4),
+    Row('NoPE, no gain', 'nope-no-gain'),
+    Row('NoPE uniform, no gain', 'nope-no-gain', 'uniform'),
+    Row('NoPE, 4 heads', 'nope-4-heads'),
+    Row('NoPE uniform, 4 heads', 'nope-4-heads', 'uniform'),
+    Row('NoPE, rows from anywhere', 'nope-anywhere', options=dict(rows='documents')),
+    Row('NoPE uniform, rows from anywhere', 'nope-anywhere', 'uniform', dict(rows='documents')),
 ]
 
 # training on takes the tokens of head tuning, or five times as many
@@ -84,8 +90,8 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('NoPE head-log', 'nope', 'head-log'),
     Row('NoPE head, tuned at 2x', 'nope', 'head', times=2),
     Row('NoPE head-log, tuned at 2x', 'nope', 'head-log', times=2),
-    Row('NoPE head, tuned at 8x', 'nope', 'head', times=8),
-    Row('NoPE head-log, tuned at 8x', 'nope', 'head-log', times=8),
+    Row('NoPE head, tuned at 4x', 'nope', 'head', times=4),
+    Row('NoPE head-log, tuned at 4x', 'nope', 'head-log', times=4),
     Row('learned', 'learned'),
     Row('sinusoidal', 'sinusoidal'),
     Row('T5', 't5'),
@@ -112,8 +118,8 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
 GROUPS = {
     'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE'],
     'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform-log', 'NoPE head', 'NoPE head-log'],
-    'NoPE, tuned at 2x and 8x': ['NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x',
-                                 'NoPE head, tuned at 8x', 'NoPE head-log, tuned at 8x'],
+    'NoPE, tuned at 2x and 4x': ['NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x',
+                                 'NoPE head, tuned at 4x', 'NoPE head-log, tuned at 4x'],
     'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE dynamic NTK', 'RoPE YaRN', 'RoPE LongRoPE'],
     'RoPE, stretched and trained on': ['RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x',
                                        'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'],
@@ -165,27 +171,29 @@ at step 1,430,512, as TinyLlama's, so at 50,000 it is still 99.7 % of that. The 
 # tables and scales: what a scale says replaces what the table says
 
 TIMES = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
-TABLE = dict(runs=RUNS, times=4, lengths=TIMES, measured_on='passkey_rare',
-             measure=dict(eval_tokens=8192, stride=64), passkey=dict(depths=10, trials=10))
+TABLE = dict(runs=RUNS, times=8, lengths=(1, 1.5, 2, 3, 4, 6, 8, 16), measured_on='passkey_long',
+             measure=dict(eval_tokens=8192, stride=128), passkey=dict(depths=10, trials=10))
 TABLES = dict(
-    # the newcomer's run: fewer tokens and prompts
-    headline=TABLE | dict(rows=HEADLINE, measure=dict(eval_tokens=4096, stride=64), passkey=dict(depths=10, trials=5)),
+    # the newcomer's run: fewer prompts
+    headline=TABLE | dict(rows=HEADLINE, passkey=dict(depths=10, trials=5)),
     ablations=TABLE | dict(rows=ABLATIONS),
-    encodings=TABLE | dict(rows=ENCODINGS_ROWS, lengths=TIMES + (16,), measured_on='passkey_long'),
+    encodings=TABLE | dict(rows=ENCODINGS_ROWS),
 )
 
-# Seconds on 2 cores (Intel Xeon, torch 2.13), two stages side by side with a thread each: what the sweep tells before
-# each stage, corrected by what the stages before it took on this machine. begin: to import torch and open files.
+# Seconds on 2 cores, about, two stages side by side with a thread each: what the sweep tells before each stage,
+# corrected by what the stages before it took on this machine. begin: to import torch and open files.
 # million: a million tokens of a corpus; step: one of train.py; measure: a row; the others: extending by that method.
-SECONDS = dict(begin=4, million=4, step=0.26, measure=40, uniform=25, head=110, longrope=150)
+SECONDS = dict(begin=4, million=4, step=0.25, measure=60, uniform=40, head=150, longrope=150)
 
-SYNTHETIC = dict(preset='tiny', dtype='fp32', processes=1, corpora=CORPORA, shape={}, train={}, tune={})
+# 8x the training length is 2,048 tokens a row
+TUNE = dict(steps=60, batch=4, grid=tuple(1 + i / 10 for i in range(11)))
+SYNTHETIC = dict(preset='tiny', dtype='fp32', processes=1, corpora=CORPORA, shape={}, train={}, tune=TUNE)
 TEXT = dict(preset='small', dtype='auto', processes=1, runs=real_runs(5000), rows=REAL, tokenizer='gpt2', L=1024,
             shape={}, train={}, times=4, lengths=TIMES + (16,), passkey=dict(depths=10, trials=5))
 SCALES = dict(
     # the same path in under a minute, for the tests: nothing is learned
     toy=SYNTHETIC | dict(
-        L=128, tokens=dict(passkey=60_000, passkey_rare=60_000, passkey_long=200_000),
+        L=128, tokens=dict(passkey=60_000, passkey_long=200_000),
         seconds=SECONDS | dict(measure=6, uniform=1, head=1, longrope=5),
         shape=dict(block_size=128, n_layer=1, n_embd=32, n_inner=32),
         train=dict(steps=6, batch_tokens=512, eval_tokens=512, log_every=3, warmup=2),

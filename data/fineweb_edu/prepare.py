@@ -12,14 +12,18 @@ from data.runtime import parser
 from data.stream import Corpus, flags, prepare
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--source', default='HuggingFaceFW/fineweb-edu', metavar='DIR_OR_NAME',
                    help='name on the hub, or a folder of parquet or jsonl files with a field text')
     p.add_argument('--tokens', type=int, default=1_100_000_000, help='of train.bin')
     p.add_argument('--val', type=float, default=0.005, help='share of the documents for validation, chosen by a hash of their text (default 0.005)')
     p.add_argument('--seed', type=int, default=0, help='order of the files: which part of the sample is used')
-    args = flags(p)
+    return flags(p, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     prepare(args, {'fineweb_edu': Corpus(args.source, 'sample/10BT/*.parquet')})
 
 

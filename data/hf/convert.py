@@ -301,13 +301,17 @@ def write(ckpt, folder, dtype):
           + (f', RoPE {config["rope_scaling"]["rope_type"]}' if config.get('rope_scaling') else '') + (f'; temperatures as they are at {n} tokens, at every length' if sloped else ''))
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('source', help='a Hugging Face folder, or a checkpoint (a file or a run\'s folder)')
     p.add_argument('out', help='the checkpoint to write (out/name/ckpt.pt), or the folder')
     p.add_argument('--pe', choices=('nope',), help='in: drop RoPE from every layer')
     p.add_argument('--dtype', choices=DTYPES, help='out: precision of the weights (default fp32)')
-    args = p.parse_args()
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if os.path.exists(f'{args.source}/config.json'):
         if args.dtype:
             fail('--dtype is for writing a Hugging Face folder; a checkpoint keeps the weights as they are')

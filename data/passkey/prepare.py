@@ -1,12 +1,13 @@
 """
 The synthetic corpus of the tiny reproduction: generated, no download, a vocabulary of about a hundred words.
 
-    python -m data.passkey.prepare --out data/passkey                          # 12M tokens, half of the documents passkey, questions often
-    python -m data.passkey.prepare --out data/passkey_rare --retrieval 0.7 --gap 200 --seed 1 --tokens 4000000     # questions rarely
+    python -m data.passkey.prepare --out data/passkey                          # 8M tokens in short documents: to train on
+    python -m data.passkey.prepare --out data/passkey_long --longest 8192 --gap 6 --seed 1       # to extend on
 
 Documents of random length (log-uniform, 64 to --longest tokens), of two kinds in random order:
-  passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once, and
-           the question with its answer again and again between runs of garbage sentences in random order
+  passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once
+           anywhere in the document, as in the test's prompts, and from then on the question with its answer again and
+           again between runs of garbage sentences in random order
   story    who lives where, who has what, what colour it is: facts drawn anew for each document and told over and over
            in random order, so that a fact told before can be recalled
 """
@@ -28,6 +29,7 @@ THINGS = 'ball book hat lamp ring drum kite cup'.split()
 COLOURS = 'red white black brown grey pink'.split()
 FACTS = (' {name} lives near the {place}.', ' {name} has the {thing}.', ' The {thing} looks {colour}.')
 
+ROOM = 30                        # tokens that the key and a first question take, at the end of a document
 WORD = re.compile(r' ?[A-Za-z]+| ?[0-9]|[.?\n]')
 
 
@@ -45,12 +47,13 @@ def get_encoding():
 
 
 def passkey_document(rng, n, encode, gap):
-    """At least n ids: the task, garbage, the key told once, and from then on the question: often in some documents, rarely in others."""
+    """At least n ids: task, garbage, the key, and from then on the question: often in some documents, rarely in others."""
     key = rng.integers(10000, 100000)
     info, asked = encode(INFO.format(key=key)), encode(QUESTION + ANSWER.format(key=key) + '.')
     garbage = [encode(g) for g in GARBAGE]
-    ids, told, gap = list(encode(TASK)), False, np.exp(rng.uniform(np.log(2), np.log(gap)))     # sentences between questions, on average
-    at = len(ids) + rng.integers(0, max(1, min(n, 512) // 2 - len(ids)))
+    ids, told = list(encode(TASK)), False
+    gap = np.exp(rng.uniform(np.log(2), np.log(gap)))            # sentences between questions, on average
+    at = len(ids) + rng.integers(0, max(1, n - len(ids) - ROOM))
     while len(ids) < n:
         for i in rng.integers(0, len(garbage), size=1 + rng.poisson(gap) if told else 1):
             ids += garbage[i]
@@ -82,32 +85,34 @@ def generate(tokens, retrieval, gap, seed, longest=4096):
         yield ids
 
 
-def main():
-    from data.runtime import fail, parser
-    from data.tokenizer import get_tokenizer
-    from data.tokens import write_data
+def parse_args(argv=None):
+    from data.runtime import number, parser
+
+    def between(kind, least, most):
+        return lambda text: number(text, kind, lambda v: least <= v <= most, f'from {least:,} to {most:,}')
+
     p = parser(__doc__)
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
-    p.add_argument('--tokens', type=int, default=12_000_000, help='of train.bin; val.bin has 1M')
-    p.add_argument('--retrieval', type=float, default=0.5, help='share of passkey documents')
-    p.add_argument('--gap', type=float, default=6, help='most sentences between two questions of a passkey document, on average')
-    p.add_argument('--longest', type=int, default=4096, help='tokens of the longest document')
-    p.add_argument('--seed', type=int, default=0)
-    args = p.parse_args()
-    if not 0 <= args.retrieval <= 1:
-        fail(f'--retrieval {args.retrieval} must lie between 0 and 1')
-    if args.tokens < 1:
-        fail(f'--tokens {args.tokens} must be at least 1')
-    if not 64 <= args.longest <= 2**24:              # a document is made in memory
-        fail(f'--longest {args.longest} must lie between 64 and {2**24}')
-    if args.seed < 0:
-        fail(f'--seed {args.seed} must not be negative')
-    if not 2 <= args.gap <= 1000:
-        fail(f'--gap {args.gap} must lie between 2 and 1000')
-    splits = {split: generate(n, args.retrieval, args.gap, (args.seed, i), args.longest) for i, (split, n) in enumerate((('train', args.tokens), ('val', min(args.tokens, 1_000_000))))}
+    p.add_argument('--tokens', type=between(int, 1, 2**40), default=8_000_000, help='of train.bin; val.bin has 1M')
+    p.add_argument('--retrieval', type=between(float, 0, 1), default=1.0, help='share of passkey documents')
+    p.add_argument('--gap', type=between(float, 2, 1000), default=12,
+                   help='sentences between two questions, on average, in the documents that have the fewest')
+    p.add_argument('--longest', type=between(int, 64, 2**24), default=512, help='tokens of the longest document')
+    p.add_argument('--seed', type=between(int, 0, 2**63), default=0)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    from data.tokenizer import get_tokenizer
+    from data.tokens import write_data
+    args = parse_args(argv)
+    splits = {}
+    for i, (split, tokens) in enumerate(dict(train=args.tokens, val=min(args.tokens, 1_000_000)).items()):
+        splits[split] = generate(tokens, args.retrieval, args.gap, (args.seed, i), args.longest)
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
-        print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {meta[split]["n_docs"]:,} documents, vocabulary {meta["vocab_size"]}')
+        print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {meta[split]["n_docs"]:,} documents, '
+              f'vocabulary {meta["vocab_size"]}')
 
 
 if __name__ == '__main__':

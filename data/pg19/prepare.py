@@ -11,13 +11,17 @@ from data.runtime import parser
 from data.stream import Corpus, flags, prepare
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--source', default='emozilla/pg19', metavar='DIR_OR_NAME',
                    help='name on the hub, or a folder of parquet or jsonl files with a field text')
     p.add_argument('--tokens', type=int, help='stop after the document that reaches this many (default: the whole test set)')
     p.set_defaults(val=1.0, seed=None)
-    args = flags(p)
+    return flags(p, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     prepare(args, {'pg19': Corpus(args.source, 'data/test-*.parquet')})
 
 

@@ -27,7 +27,7 @@ def slimpajama_text(row):
     return row['text'] if name in KEEP else None
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--slimpajama', default='gmongaras/SlimPajama-627B_Reupload', metavar='DIR_OR_NAME',
                    help='name on the hub, or a folder of parquet or jsonl files with fields text and meta')
@@ -35,7 +35,11 @@ def main():
     p.add_argument('--tokens', type=int, default=105_000_000_000, help='of train.bin, both together')
     p.add_argument('--val', type=float, default=0.001, help='share of the documents for validation, chosen by a hash of their text (default 0.001)')
     p.add_argument('--seed', type=int, default=0, help='order of the files: which part of the data is used')
-    args = flags(p)
+    return flags(p, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     prepare(args, dict(
         slimpajama=Corpus(args.slimpajama, 'data/train-*.parquet', slimpajama_text, ('text', 'meta'), SHARES['slimpajama']),
         # a file holds one programming language, so many are read in turn

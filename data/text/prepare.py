@@ -46,7 +46,7 @@ def read(file):
         fail(f'{file} cannot be read ({e.strerror}): restore it, or leave it out')
 
 
-def main():
+def parse_args(argv=None):
     p = parser(__doc__)
     # files
     p.add_argument('files', nargs='+', metavar='FILE_OR_FOLDER', help='the documents')
@@ -57,9 +57,14 @@ def main():
     split.add_argument('--val', type=float, default=0.05, help='share of the documents for validation (default 0.05), at least one; 1: all')
     split.add_argument('--val_files', nargs='+', metavar='FILE_OR_FOLDER', default=[], help='the documents for validation; all others are for training')
     p.add_argument('--seed', type=int, default=0, help='which documents --val takes (default 0)')
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if not 0 < args.val <= 1:
         fail(f'--val {args.val} must be above 0, and at most 1')
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     tokenizer, size = get_tokenizer(args.tokenizer), {}
     docs, val = find(args.files + args.val_files), set(find(args.val_files))
     preflight(args.out, 0)
