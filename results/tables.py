@@ -44,7 +44,7 @@ CORPORA = dict(
 )
 RUNS = {}
 for pe in ENCODINGS:
-    RUNS[pe] = Run(dict(pe=pe))
+    RUNS[pe] = Run(dict(pe=pe, steps=1600))
 
 HEADLINE = [
     Row('NoPE', 'nope'),
@@ -61,9 +61,9 @@ WITHOUT_ROPE = dict(pe='nope', steps=200, warmup=60, min_length=64)
 RUNS['drope'] = Run(WITHOUT_ROPE, start='rope')
 RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE | dict(qk_norm=False), start='rope')
 # the recipe without one of its parts
-RUNS['nope-no-gain'] = Run(dict(pe='nope', qk_gain=False))
-RUNS['nope-4-heads'] = Run(dict(pe='nope', n_head=4, n_kv_head=4))
-RUNS['nope-anywhere'] = Run(dict(pe='nope', rows='anywhere'))
+RUNS['nope-no-gain'] = Run(dict(pe='nope', steps=1600, qk_gain=False))
+RUNS['nope-4-heads'] = Run(dict(pe='nope', steps=1600, n_head=4, n_kv_head=4))
+RUNS['nope-anywhere'] = Run(dict(pe='nope', steps=1600, rows='anywhere'))
 
 ABLATIONS = HEADLINE + [
     Row('RoPE YaRN', 'rope', 'yarn'),
