@@ -147,7 +147,7 @@ def tune(model, corpus, args, env):
             focus(model)
         losses.append(mean.item())
         lam = heads(model)
-        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min():.2f} to {lam.max():.2f}')
+        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min().item():.2f} to {lam.max().item():.2f}')
     return losses
 
 
@@ -516,7 +516,12 @@ def main(argv=None):
         if args.eval_tokens:
             results[name] = measure(model, name, docs, meta['bos'], args, env)
     if results:
-        env.print(extension_tables(results, L, paper or args.rows == 'documents'))
+        rule = None
+        if paper:
+            rule = 'by the paper\'s rule'
+        elif args.rows == 'documents':
+            rule = 'each the beginning of a document'
+        env.print(extension_tables(results, L, rule))
         if args.plot and env.master:
             what = 'slope' if heads(model, 'slope').any() else 'scale'
             plot_extension(results, heads(model, what), f"{what} of each head's temperature", L, args.plot)

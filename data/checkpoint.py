@@ -33,7 +33,7 @@ def save_checkpoint(path, ckpt):
     except (OSError, RuntimeError) as e:             # torch's writer reports a full disk as a RuntimeError
         with suppress(OSError):                      # half a file would go on filling the disk
             os.remove(tmp)
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition('\n')[0]
         fail(f'could not save {path} ({reason}): free some space or choose another --out; what was saved before is intact')
 
 

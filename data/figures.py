@@ -133,17 +133,20 @@ def entropy_by_position(rows):
     return found
 
 
-def extension_tables(results, block_size, tokens_differ):
-    """A table of perplexity by length and one of entropy by position, as text. tokens_differ: between lengths."""
+def extension_tables(results, block_size, rule=None):
+    """
+    A table of perplexity by length and one of entropy by position, as text. rule: by which each length has tokens of its
+    own; None where they are the same at every length.
+    """
     ppl = [rows for rows, _ in results.values()]
     scored = [f'{r["tokens"]:,} tokens of {r["docs"]} documents' for r in ppl[0]]
-    where = 'other tokens at each length' if tokens_differ else f'the same {scored[0]} at every length'
+    where = f'{rule}: other tokens at each length' if rule else f'the same {scored[0]} at every length'
     lines = [f'\nperplexity: windows of the length named, stride {ppl[0][0]["stride"]}, {where}',
              '  length          ' + ''.join(f'{name:>18}' for name in results)]
     for i, r in enumerate(ppl[0]):
         cells = ''.join(f'{rows[i]["ppl"]:>18.3f}' for rows in ppl)
         lines.append(f'{r["length"]:>8} {r["length"] / block_size:>5g}x   {cells}')
-        if tokens_differ:
+        if rule:
             lines[-1] += f'   {scored[i]}'
     lines.append('\nattention entropy in nats, mean over heads (least to most diffuse head)')
     lines.append(' to position      ' + ''.join(f'{name:>22}' for name in results) + '      uniform attention')

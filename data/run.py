@@ -67,6 +67,8 @@ def resolve(args, recipes, config, resumed, parent):
         run.preset = source['args']['preset'] if source else 'tiny'
     run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
     defaults = dict(recipes[run.preset], length=config.block_size)
+    if run.benchmark:                                # its tokens are one document
+        defaults['rows'] = 'anywhere'
     run.rows_why = 'as asked' if args.rows else f'the recipe of {run.preset}'
     run.dtype_why = 'as asked'
     if args.init_from:                               # these belong to training from scratch

@@ -205,7 +205,8 @@ def open_rows(rows, data, meta, split, T, path):
     file = f'{path}/{split}.bin'
     if rows == 'anywhere':
         if len(data) < T + 1:
-            fail(f'{file} has {len(data):,} tokens, a row takes {T + 1:,}: prepare more text, or lower --length')
+            fail(f'{file} has {len(data):,} tokens, too few for a row of {T:,} and its last target: '
+                 'prepare more text, or lower --length')
         return None
     docs = by_length(data, meta, split)
     starts, lengths = docs
@@ -230,7 +231,7 @@ def describe_rows(rows, why, data, T, docs):
     where = 'anywhere in the text, with BOS in place of their first token'
     if docs is not None:
         fitting = len(row_starts(data, T, docs))
-        where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) of {T + 1:,} to {2 * T:,} tokens'
+        where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) that are longer than {T:,} tokens'
     return f'rows begin {where} (--rows {rows}, {why})'
 
 

@@ -30,7 +30,7 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)                             # bit for bit needs one number of threads in every process
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 CPU = '--device cpu --dtype fp32'
-SHAPE = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48'
+SHAPE = '--preset tiny --block_size 64 --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 --rows anywhere'
 BATCH = f'--batch_tokens 256 --min_length 16 --micro_batch 2 --eval_tokens 256 --seed 5 --log_every 1 {CPU}'
 TINY = f'{SHAPE} {BATCH}'
 

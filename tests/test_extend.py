@@ -260,7 +260,7 @@ def test_fit_reads_uniform_checkpoints(uniforms):
 def test_fit_takes_two_lengths_made_by_uniform(uniforms, extended):
     with refused('two lengths'):
         run(fit, f'{uniforms}/uniform-128.pt')
-    with refused('not made by uniform'):
+    with refused('not made by extend.py --method uniform'):
         run(fit, f'{uniforms}/uniform-128.pt {extended}/head-128.pt')
 
 
@@ -309,9 +309,9 @@ def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
 
 def test_longrope(corpus, tmp_path):
     run(train, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}')
-    flags = f'{HEAD} --method longrope --population 8 --iterations 3 --ckpt {tmp_path} --data {corpus} --eval_tokens 0'
-    run(extend, flags)
-    run(extend, flags, f'--out {tmp_path}/again')
+    command = f'{HEAD} --method longrope --population 8 --iterations 3 --ckpt {tmp_path} --data {corpus} --eval_tokens 0'
+    run(extend, command)
+    run(extend, command, f'--out {tmp_path}/again')
     old, new, again = (load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
     assert new['config'] == again['config'] and bits(new['model']) == bits(again['model'])
     lam = 1 + math.log(128 / 64) / math.log(64)  # the square of transformers' attention_factor

@@ -356,7 +356,7 @@ def test_rope_keeps_the_first_positions():
     angle = torch.arange(40)[:, None] * torch.tensor(freq)
     angle[:9] = torch.arange(9)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
     seen = []
-    kept.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x[1]))
+    kept.blocks[0].attn.register_forward_pre_hook(lambda m, x, given: seen.append(given['rope']), with_kwargs=True)
     kept(idx)
     close(torch.stack(seen[0]), torch.stack((angle.cos(), angle.sin())))
 
