@@ -205,7 +205,7 @@ def open_rows(rows, data, meta, split, T, path):
     file = f'{path}/{split}.bin'
     if rows == 'anywhere':
         if len(data) < T + 1:
-            fail(f'{file} has {len(data):,} tokens, too few for a row of {T:,} and its last target: '
+            fail(f'{file} has {len(data):,} tokens, a row of {T:,} and its last target take {T + 1:,}: '
                  'prepare more text, or lower --length')
         return None
     docs = by_length(data, meta, split)
