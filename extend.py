@@ -1,10 +1,10 @@
 """
 Extends a trained checkpoint past its training length, and measures what that does.
 
-    python extend.py --ckpt out/nope --data data/passkey_rare --method none                     # measure only
-    python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length 1024    # one temperature
-    python extend.py --ckpt out/nope --data data/passkey_rare --method head --length 1024       # one for each head
-    python extend.py --ckpt out/rope --data data/passkey_rare --method longrope --length 1024 --population 16
+    python extend.py --ckpt out/nope --data data/passkey_long --method none                     # measure only
+    python extend.py --ckpt out/nope --data data/passkey_long --method uniform --length 2048    # one temperature
+    python extend.py --ckpt out/nope --data data/passkey_long --method head --length 2048       # one for each head
+    python extend.py --ckpt out/rope --data data/passkey_long --method longrope --length 2048 --population 16
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/paper --data data/corpus --method head --length 8192
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 

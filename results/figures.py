@@ -133,6 +133,7 @@ def draw(plan, lines, seed, machine, file):
     base, extension = os.path.splitext(file)
     if plan.table == 'headline':
         plot_headline(plan, lines, seed, machine, file)
+        plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
         return
     groups = GROUPS if plan.table == 'encodings' else {'': [row.name for row in shown_rows(plan)]}
     plot_table(lines, groups, plan.lengths, plan.L, file)

@@ -3,7 +3,7 @@ How the best uniform temperature grows with length: fits lambda = 1 + a ln s to 
 uniform wrote for several lengths of one model, s = length / training length.
 
     for n in 384 512 768 1024 1536 2048; do
-        python extend.py --ckpt out/nope --data data/passkey_rare --method uniform --length $n --eval_tokens 0
+        python extend.py --ckpt out/nope --data data/passkey_long --method uniform --length $n --eval_tokens 0
     done
     python -m results.fit out/nope/uniform-*.pt
 
