@@ -277,6 +277,27 @@ def test_the_demo_finds_keys_and_goes_on(tmp_path):
     assert done.stdout.count('| NoPE') == 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists(f'{ROOT}/results/demo/nope.pt'), reason='results/demo is not there')
+def test_the_demo_s_extensions_can_be_made_again(tmp_path, monkeypatch):
+    """head, which begins with uniform: bit for bit where no rounding differs, else to a tenth."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    shipped = {name: load_checkpoint(f'{ROOT}/results/demo/{name}.pt')['extended'] for name in ('uniform', 'head')}
+    done = python('-m', 'data.passkey.prepare', '--out', f'{tmp_path}/long', *stages.flags(tables.CORPORA['passkey_long']))
+    assert done.returncode == 0, done.stderr
+    done = python('extend.py', '--ckpt', f'{ROOT}/results/demo/nope.pt', '--data', f'{tmp_path}/long', '--out', tmp_path,
+                  '--method', 'head', '--length', 2048, '--dtype', 'fp32', '--eval_tokens', 0,
+                  *stages.flags(tables.TUNE))
+    assert done.returncode == 0, done.stderr
+    made = load_checkpoint(f'{tmp_path}/head-2048.pt')['extended']
+    assert made['data_fingerprint'] == shipped['head']['data_fingerprint']
+    if made['losses'] == shipped['head']['losses']:
+        assert made['heads'] == shipped['head']['heads']
+        assert made['curve'] == shipped['uniform']['curve']
+    np.testing.assert_allclose(np.array(made['heads']), np.array(shipped['head']['heads']), atol=0.1)
+    np.testing.assert_allclose(np.array(made['curve']), np.array(shipped['uniform']['curve']), atol=1e-3)
+
+
 def test_the_demo_without_its_models_is_refused(tmp_path):
     with refused('nope.pt is missing'):
         run(importlib.import_module('results.demo'), '--models', tmp_path)
