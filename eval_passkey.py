@@ -9,8 +9,8 @@ template, the grid and the exact-match rule of Wang et al. 2024).
 Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
 greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
 tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
-Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (.passkey.json says of
-what; --resume goes on). Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would
+Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (.passkey.json says
+of what; --resume goes on). Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would
 compile again.
 """
 import os
@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import check_fits, find_checkpoint, fingerprint, frozen, load_checkpoint, load_model, preflight, stem
+from data.checkpoint import (
+    check_fits,
+    find_checkpoint,
+    fingerprint,
+    frozen,
+    load_checkpoint,
+    load_model,
+    preflight,
+    stem,
+)
 from data.figures import accuracy, default_lengths, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
 from data.passkey.prepare import ANSWER, GARBAGE, INFO, QUESTION, TASK
 from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, setup

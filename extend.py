@@ -28,13 +28,35 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import (check_fits, find_checkpoint, frozen, load_checkpoint, load_model, preflight, save_checkpoint,
-                             stem)
+from data.checkpoint import (
+    check_fits,
+    find_checkpoint,
+    frozen,
+    load_checkpoint,
+    load_model,
+    preflight,
+    save_checkpoint,
+    stem,
+)
 from data.figures import default_lengths, extension_tables, plot_extension, pyplot, write_csv
 from data.measure import choose_windows, entropies, entropy_rows, perplexity
-from data.measure import attention_entropy, windows  # noqa: F401 (for those who look for them here)
-from data.runtime import (check_fused, choose_dtype, compiled, fail, finish, float_list, int_list, lr_factor, memory,
-                          natural, number, parser, positive_float, positive_int, setup)
+from data.runtime import (
+    check_fused,
+    choose_dtype,
+    compiled,
+    fail,
+    finish,
+    float_list,
+    int_list,
+    lr_factor,
+    memory,
+    natural,
+    number,
+    parser,
+    positive_float,
+    positive_int,
+    setup,
+)
 from data.tokens import describe_rows, documents, get_batch, open_data, open_rows
 from model import ntk, pi, rope_frequencies, yarn
 
@@ -42,7 +64,7 @@ from model import ntk, pi, rope_frequencies, yarn
 # what a method gets, and what it leaves
 
 class Corpus(NamedTuple):
-    """What methods read: token ids, the id that begins a row, and the documents that rows begin with (None: anywhere)."""
+    """What methods read: token ids, the id that begins a row, the documents that rows begin with (None: anywhere)."""
     tokens: object
     bos: int
     docs: tuple = None
@@ -188,7 +210,8 @@ def loss_of(model, corpus, args, env):
 
 def micro_batches(corpus, args, env, step):
     """This process's part of a batch of args.batch rows: [(idx, targets)], each (up to args.micro_batch, length)."""
-    x, y = get_batch(corpus.tokens, corpus.bos, args.batch, args.length, args.seed, step, env.rank, env.world, corpus.docs)
+    x, y = get_batch(corpus.tokens, corpus.bos, args.batch, args.length, args.seed, step, env.rank, env.world,
+                     corpus.docs)
     return list(zip(x.to(env.device).split(args.micro_batch), y.to(env.device).split(args.micro_batch)))
 
 
@@ -315,12 +338,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    'uniform': Method(uniform, True, False, 'one scale for all heads: of --grid the best at --length (Wang et al. 2024, sec. 3)'),
-    'head': Method(head, True, False, 'a scale for each head, tuned by gradient at --length, never below 1 (sec. 4)'),
+    'uniform': Method(uniform, True, False, 'one scale for all, of --grid the best at --length (Wang et al. 2024)'),
+    'head': Method(head, True, False, 'a scale for each head, tuned by gradient at --length, never below 1 (there)'),
     'uniform-log': Method(uniform_log, True, False, 'uniform read as a slope: the same at --length, nothing up to L'),
     'head-log': Method(head_log, True, False, 'head read as slopes: the same at --length, nothing up to L'),
     'pi': Method(stretch, False, True, 'RoPE, every frequency divided by s = length / L (Chen et al. 2023)'),
-    'ntk': Method(stretch, False, True, 'RoPE, a larger base; made anew for each length it is dynamic NTK (bloc97 2023)'),
+    'ntk': Method(stretch, False, True, 'RoPE, a larger base; made anew for each length: dynamic NTK (bloc97 2023)'),
     'yarn': Method(stretch, False, True, 'RoPE, by parts, with a temperature (Peng et al. 2024)'),
     'longrope': Method(longrope, True, True, 'RoPE, a divisor for each frequency, by search (Ding et al. 2024)'),
     'none': Method(None, False, False, 'only measure the checkpoint'),
@@ -346,9 +369,11 @@ def parse_args(argv=None):
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--data', required=True, help='folder with train.bin (tuned on), val.bin (measured), meta.json')
     p.add_argument('--method', required=True, choices=METHODS)
-    p.add_argument('--length', type=positive_int, help='tokens a row while extending (default 4 times the training length)')
-    p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin, in tuning and measuring: with a '
-                   'document that is longer than they are, or anywhere (default: as the checkpoint was trained)')
+    p.add_argument('--length', type=positive_int,
+                   help='tokens a row while extending (default 4 times the training length)')
+    p.add_argument('--rows', choices=('documents', 'anywhere'),
+                   help='where rows begin, in tuning and measuring: with a document that is longer than they are, or '
+                        'anywhere (default: as the checkpoint was trained)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
     # uniform, and where head starts
     grid = [1 + i / 10 for i in range(16)]
@@ -360,22 +385,24 @@ def parse_args(argv=None):
     p.add_argument('--lr', type=positive_float, default=0.05, help='0.05 or 0.1 in the paper')
     p.add_argument('--steps', type=positive_int, default=200)
     p.add_argument('--batch', type=positive_int, default=8, help='rows a step, over all processes')
-    p.add_argument('--micro_batch', type=positive_int, help='rows in one forward pass (default: this process\'s share of '
-                   '--batch; on a GPU what fits of it)')
+    p.add_argument('--micro_batch', type=positive_int,
+                   help="rows in one forward pass (default: this process's share of --batch; on a GPU what fits of it)")
     # longrope; the paper's values (table 9)
     p.add_argument('--population', type=population, default=64, help='candidates at first; later half as many new ones')
     p.add_argument('--iterations', type=positive_int, default=40, help='generations after the first')
     # measuring
     p.add_argument('--lengths', type=int_list, help='default 1/2 1 1.5 2 3 4 6 8 times the training length')
-    p.add_argument('--past', type=positive_int, help='tokens of a document before the first scored one, to score the same '
-                   'ones as another call (default: the longest of --lengths)')
-    p.add_argument('--stride', type=positive_int, help='tokens that each window scores (default: half the shortest length; '
-                   'paper 256)')
-    p.add_argument('--eval_tokens', type=natural, default=2**14, help='tokens scored at each length; 0 measures nothing '
-                   '(paper 2097152)')
-    p.add_argument('--protocol', choices=('same', 'paper'), default='same', help='same: the same tokens (with --rows '
-                   'documents, documents) at every length; paper: each length on the first documents longer than it, no BOS')
-    p.add_argument('--batch_tokens', type=positive_int, default=2**14, help='tokens in a forward pass of the measurement')
+    p.add_argument('--past', type=positive_int,
+                   help='tokens of a document before the first scored one, to score the same ones as another call '
+                        '(with --rows anywhere; default: the longest of --lengths)')
+    p.add_argument('--stride', type=positive_int,
+                   help='tokens that each window scores (default: half the shortest length; paper 256)')
+    p.add_argument('--eval_tokens', type=natural, default=2**14,
+                   help='tokens scored at each length; 0 measures nothing (paper 2097152)')
+    p.add_argument('--protocol', choices=('same', 'paper'), default='same',
+                   help='same: the same tokens (with --rows documents, documents) at every length; paper: each length '
+                        'on the first documents longer than it, no BOS')
+    p.add_argument('--batch_tokens', type=positive_int, default=2**14, help='tokens in a forward pass of measuring')
     p.add_argument('--plot', metavar='FILE.png', help='draw perplexity, entropy and the temperatures')
     # machine
     p.add_argument('--seed', type=int, default=314, help='(paper 314)')
@@ -420,10 +447,11 @@ def check(args, model, env):
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
         fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length < L):
-        fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length above '
-             f'{L}: this one is pe={pe}')
+        fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
+             f'above {L}: this one is pe={pe}')
     if args.method.endswith('-log') and args.length <= L:
-        fail(f'--method {args.method} changes what lies past the training length {L}: --length {args.length} must be longer')
+        fail(f'--method {args.method} changes what lies past the training length {L}: '
+             f'--length {args.length} must be longer')
 
 
 def open_corpus(args, meta, model, why, env):

@@ -26,8 +26,22 @@ import torch
 from data.checkpoint import check_fits, lock, preflight, save_checkpoint
 from data.log import Log
 from data.run import build_model, check_machine, check_resume, halvings, open_checkpoints, resolve, split_batch
-from data.runtime import (accumulating, check_fused, choose_dtype, compiled, finish, listen, lr_factor, natural,
-                          natural_float, parallel, parser, positive_float, positive_int, setup)
+from data.runtime import (
+    accumulating,
+    check_fused,
+    choose_dtype,
+    compiled,
+    finish,
+    listen,
+    lr_factor,
+    natural,
+    natural_float,
+    parallel,
+    parser,
+    positive_float,
+    positive_int,
+    setup,
+)
 from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, spaced_rows
 from model import ENCODINGS, PRESETS
 

@@ -34,7 +34,8 @@ def save_checkpoint(path, ckpt):
         with suppress(OSError):                      # half a file would go on filling the disk
             os.remove(tmp)
         reason = str(e).partition('\n')[0]
-        fail(f'could not save {path} ({reason}): free some space or choose another --out; what was saved before is intact')
+        fail(f'could not save {path} ({reason}): free some space or choose another --out; '
+             'what was saved before is intact')
 
 
 def find_checkpoint(path):
@@ -42,7 +43,8 @@ def find_checkpoint(path):
     path = os.fspath(path)
     if not os.path.isdir(path):
         return path if os.path.exists(path) else None
-    for file in f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt':           # a kill between the renames of a save leaves the second
+    # a kill between the two renames of a save leaves the second
+    for file in f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt':
         if os.path.exists(file):
             return file
     return None
@@ -116,7 +118,7 @@ def load_model(ckpt, **override):
     for name, shape in want.items():
         if name in have:
             weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
-        else:                                        # the table of a position encoding that the checkpoint does not have
+        else:                                        # the table of a position encoding that the checkpoint lacks
             weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
     model.load_state_dict(weights, assign=True)
     return model
@@ -137,17 +139,17 @@ def frozen(model, env):
 
 def padded(n):
     """
-    Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token has
-    the rows that are added.
+    Rows of a head for a vocabulary of n: a multiple of 64, as tensor cores like it, where that adds little. No token
+    has the rows that are added.
     """
     return n if n < 4096 else (n + 63) // 64 * 64
 
 
 def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
     """
-    Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. A model may
-    have more rows than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(), which
-    other tokenizers may share.
+    Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. A model
+    may have more rows than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(),
+    which other tokenizers may share.
     """
     n = meta['vocab_size']
     ours = config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer'])
@@ -160,7 +162,7 @@ def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
 
 
 def preflight(out, need_bytes, need_memory=0):
-    """Before long work: ends the program where `out` cannot be written, or bytes are lacking on the disk or in memory."""
+    """Before long work: ends the program where `out` cannot be written, or bytes lack on the disk or in memory."""
     try:
         os.makedirs(out, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):        # a name of its own: all ranks come here at once
@@ -193,7 +195,7 @@ def free_memory():
 def lock(out):
     """Keeps a second run out of the folder as long as the returned file is open; it closes when the program ends."""
     import fcntl
-    f = open(f'{out}/.lock', 'w')
+    f = open(f'{out}/.lock', 'w')                    # noqa: SIM115 (it stays open)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

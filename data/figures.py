@@ -135,8 +135,8 @@ def entropy_by_position(rows):
 
 def extension_tables(results, block_size, rule=None):
     """
-    A table of perplexity by length and one of entropy by position, as text. rule: by which each length has tokens of its
-    own; None where they are the same at every length.
+    A table of perplexity by length and one of entropy by position, as text. rule: by which each length has tokens of
+    its own; None where they are the same at every length.
     """
     ppl = [rows for rows, _ in results.values()]
     scored = [f'{r["tokens"]:,} tokens of {r["docs"]} documents' for r in ppl[0]]

@@ -17,7 +17,9 @@ def repair_log(file, step):
     """Drops what a killed run wrote after its last save, at `step` (-1: there was none), and a line that was cut."""
     kept = []
     if step >= 0 and os.path.exists(file):
-        for line in open(file):
+        with open(file) as f:
+            lines = f.readlines()
+        for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:                       # cut

@@ -16,8 +16,8 @@ from data.tokens import anchor
 
 def windows(docs, longest, stride, tokens):
     """
-    The same tokens at every length, each with length - stride to length - 1 tokens before it: all lie past `longest`, at
-    least `tokens` of them where there are as many, shared out evenly over the documents and evenly spaced in each.
+    The same tokens at every length, each with length - stride to length - 1 tokens before it: all lie past `longest`,
+    at least `tokens` of them where there are as many, shared out evenly over the documents and evenly spaced in each.
     """
     room = []                                        # (windows that it has room for, document)
     for doc in docs:
@@ -132,7 +132,7 @@ def attention_entropy(q, k, block=256, bias=None):
 
 @torch.inference_mode()
 def entropies(model, docs, T, env, samples=4):
-    """-> (n_layer, n_head, T): mean over the first T tokens of up to `samples` documents, shared out to all processes."""
+    """-> (n_layer, n_head, T): mean over the first T tokens of up to `samples` documents, shared by all processes."""
     docs = [doc for doc in docs if len(doc) >= T][:samples]
     total = torch.zeros(model.config.n_layer, model.config.n_head, T, device=env.device)
     found = []
@@ -153,7 +153,7 @@ def entropies(model, docs, T, env, samples=4):
 
 
 def entropy_rows(entropy, bands=32):
-    """(n_layer, n_head, T) -> rows {layer, head, position (the band's last), entropy (its mean)} of bands of positions."""
+    """(n_layer, n_head, T) -> rows {layer, head, position (the last of its band), entropy (the band's mean)}."""
     n_layer, n_head, T = entropy.shape
     ends = sorted({T * i // bands for i in range(bands + 1)})        # a short T has fewer bands
     rows = []

@@ -61,7 +61,7 @@ def flags(p, argv=None):
 def find(c, seed):
     """Paths or addresses of a corpus's files, sorted, or with a seed in random order. A local folder of another layout gives all it has."""
     try:
-        import datasets                              # noqa: F401 (brings what opens hf:// too)
+        import datasets  # noqa: F401 (brings what opens hf:// too)
         import fsspec
     except ImportError:
         fail('this corpus is read through the package datasets: pip install datasets')

@@ -1,27 +1,34 @@
 """
-Speed of training beside other trainers, and how the cost of each script grows.
+Speed of training beside other trainers, and how the cost of each script grows. Each command writes a csv in results/.
 
-    python -m results.bench --nanogpt ~/nanoGPT          # results/speed.csv: a training step of nanoGPT's train.py, of a Hugging Face Llama, of ours
-    python -m results.bench --nanogpt ~/nanoGPT --size tinyllama --steps 15              # results/speed-tinyllama.csv: the same at 1.1B, on a GPU of 80 GB
-    python -m results.bench --costs                      # results/costs.csv: seconds and memory by length and by model size
-    python -m results.bench --costs --preset tinyllama --lengths 2048,4096,8192,16384    # results/costs-tinyllama.csv: of a preset, on a GPU in bf16, compiled
-    python -m results.bench --perplexity                 # results/perplexity-speed.csv: measuring perplexity beside bare forward passes (--preset, --lengths)
-    python -m results.bench --passkey out/model          # results/passkey-speed.csv: the passkey grid beside transformers' generate
+    python -m results.bench --nanogpt ~/nanoGPT                                 # speed.csv
+    python -m results.bench --nanogpt ~/nanoGPT --size tinyllama --steps 15     # speed-tinyllama.csv; a GPU of 80 GB
+    python -m results.bench --costs                                             # costs.csv
+    python -m results.bench --costs --preset tinyllama --lengths 2048,4096,8192,16384    # costs-tinyllama.csv; a GPU
+    python -m results.bench --perplexity                                        # perplexity-speed.csv
+    python -m results.bench --passkey out/model                                 # passkey-speed.csv
 
-Every contender is a process of its own, in turns, `--rounds` times over; the figure is the median step of a round. All
-train on the same tokens, 16 rows of 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of
-the width has as many as nanoGPT's MLP of 4). nanoGPT runs as it comes, on CPU in fp32. --size tinyllama is 22 layers x
-2048, 8 rows of 2,048 tokens, 32,000 of them in the vocabulary, ours on random ones; with it come our preset (NoPE, 4 KV heads)
-by rows in one forward pass, and where activations are computed twice. 200 steps of head tuning at 16K, 8 rows each, take 1,600 times
-what one row costs.
+speed: a training step of nanoGPT's train.py, of a Hugging Face Llama and of ours. Every trainer is a process of its
+own, in turns, `--rounds` times over; the figure is the median step of a round. All train on the same tokens, 16 rows of
+256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of the width has as many as nanoGPT's
+MLP of 4). nanoGPT runs as it comes, on CPU in fp32. --size tinyllama is 22 layers x 2048, 8 rows of 2,048 tokens,
+32,000 of them in the vocabulary, ours on random ones; with it comes our preset (NoPE, 4 KV heads), by rows in one
+forward pass, and with activation checkpointing.
+
+costs: seconds and memory of one row in each script, by length and by model size, in fp32; those of a preset in bf16 and
+compiled on a GPU. 200 steps of head tuning at 16K, 8 rows each, take 1,600 times what one row costs.
+
+perplexity: measuring it beside bare forward passes over as many windows (of --preset, at --lengths).
+
+passkey: the grid of eval_passkey.py beside transformers' generate, one prompt at a time.
 """
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -29,295 +36,476 @@ import sys
 import tempfile
 import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import eval_passkey
 import extend
+from data import measure
 from data.checkpoint import frozen, load_checkpoint, load_model
 from data.figures import default_lengths, read_csv, write_csv
-from data.runtime import compiled, fail, int_list, parser, setup
-from data.tokenizer import get_tokenizer
 from data.hf import convert
+from data.log import used_memory
+from data.runtime import compiled, fail, int_list, number, parser, positive_int, setup
+from data.tokenizer import get_tokenizer
 from model import GPT, PRESETS, GPTConfig
 
-# layers, heads, width; rows a step, tokens a row
-SIZES = dict(tiny=(4, 4, 128, 16, 256), small=(6, 6, 384, 16, 256), tinyllama=(22, 32, 2048, 8, 2048))
+PASSKEY_VOCAB = get_tokenizer('passkey').n_vocab
 
-HF = '''
-import sys, time, numpy as np, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-device, file, vocab, layers, heads, width, inner, rows, T, steps, amp = *sys.argv[1:3], *map(int, sys.argv[3:])
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=inner, use_cache=False)).to(device)
-opt, data, rng = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), np.fromfile(file, np.uint16), np.random.default_rng(0)
-for step in range(steps):
-    start = time.time()
-    x = torch.from_numpy(np.stack([data[i:i + T] for i in rng.integers(len(data) - T, size=rows)]).astype(np.int64)).to(device)
-    with torch.autocast(device, torch.bfloat16, enabled=bool(amp)):
-        loss = model(input_ids=x, labels=x).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    print(f'loss {loss.item():.3f}, time {1000 * (time.time() - start):.2f}ms', flush=True)
-'''
+
+def synchronize(env):
+    """A GPU is asked to work and works later: a clock is read after this."""
+    if 'cuda' in env.device:
+        torch.cuda.synchronize()
+
+
+def in_turns(rounds, *jobs):
+    """Runs the jobs in turns, so that a busy moment hits all -> for each the median seconds, and its last result."""
+    seconds = {job: [] for job in jobs}
+    results = {}
+    for _ in range(rounds):
+        for job in jobs:
+            start = time.time()
+            results[job] = job()
+            seconds[job].append(time.time() - start)
+    return [(statistics.median(seconds[job]), results[job]) for job in jobs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed of training
+
+class Size(NamedTuple):
+    """A model that every trainer can build, and the batch that it is trained on."""
+    layers: int
+    heads: int
+    width: int
+    vocab: int
+    rows: int                    # a step
+    length: int                  # tokens a row
+
+    @property
+    def inner(self):
+        """Width of the SwiGLU: its three matrices have the parameters of two that are 4 widths wide."""
+        return self.width * 8 // 3 // 8 * 8
+
+    @property
+    def tokens(self):
+        """A step."""
+        return self.rows * self.length
+
+
+SIZES = dict(
+    tiny=Size(layers=4, heads=4, width=128, vocab=PASSKEY_VOCAB, rows=16, length=256),
+    small=Size(layers=6, heads=6, width=384, vocab=PASSKEY_VOCAB, rows=16, length=256),
+    tinyllama=Size(layers=22, heads=32, width=2048, vocab=32000, rows=8, length=2048),
+)
+OURS = {
+    'ours, fp32': '--pe rope --dtype fp32 --no-compile',
+    'ours, bf16': '--pe rope --dtype bf16 --no-compile',
+    'ours, fp32, compiled': '--pe rope --dtype fp32 --compile',
+    'ours, bf16, compiled': '--pe rope --dtype bf16 --compile',
+    'ours, fp32, Muon': '--pe rope --dtype fp32 --no-compile --optimizer muon',
+    'ours, fp32, NoPE': '--pe nope --dtype fp32 --no-compile',
+}
+NEVER = 1_000_000                # updates between evaluations, which are no part of a step
+NANOGPT_DATA = 'nanonope_bench'  # the folder in nanoGPT's data/ that our tokens go to
 
 
 def contenders(args, tmp, size):
     """{name: (command, folder to run it in)} for one size."""
-    layers, heads, width, rows, T = SIZES[size]
-    inner, steps, large = width * 8 // 3 // 8 * 8, args.steps, size == 'tinyllama'
-    vocab, out = 32000 if large else get_tokenizer('passkey').n_vocab, {}
+    shape = SIZES[size]
+    found = {}
     if args.nanogpt:
-        for name, more in {'nanoGPT': '--compile=False', 'nanoGPT, compiled': '--compile=True'}.items():
-            out[name] = (f'{sys.executable} train.py --device={args.device} {more} --dataset=nanonope_bench --out_dir={tmp}/nanogpt --eval_interval=1000000 --eval_iters=1 --log_interval=1 --block_size={T} '
-                         f'--batch_size={rows} --gradient_accumulation_steps=1 --n_layer={layers} --n_head={heads} --n_embd={width} --dropout=0.0 --max_iters={steps}', args.nanogpt)
-    try:
-        import transformers                          # noqa: F401 (is it there?)
-        for name, amp in {'Hugging Face Llama, fp32': 0, 'Hugging Face Llama, bf16': 1}.items():
-            out[name] = f'{sys.executable} -c HF {args.device} {tmp}/data/train.bin {vocab} {layers} {heads} {width} {inner} {rows} {T} {steps} {amp}', '.'
-    except ImportError:
+        nanogpt = (f'{sys.executable} train.py --device={args.device} --dataset={NANOGPT_DATA} --out_dir={tmp}/nanogpt '
+                   f'--max_iters={args.steps} --eval_interval={NEVER} --eval_iters=1 --log_interval=1 '
+                   f'--batch_size={shape.rows} --block_size={shape.length} --gradient_accumulation_steps=1 '
+                   f'--n_layer={shape.layers} --n_head={shape.heads} --n_embd={shape.width} --dropout=0.0')
+        found['nanoGPT'] = f'{nanogpt} --compile=False', args.nanogpt
+        found['nanoGPT, compiled'] = f'{nanogpt} --compile=True', args.nanogpt
+
+    if importlib.util.find_spec('transformers'):
+        llama = (f'{sys.executable} results/hf_llama.py --data {tmp}/data/train.bin --device {args.device} '
+                 f'--vocab {shape.vocab} --layers {shape.layers} --heads {shape.heads} --width {shape.width} '
+                 f'--inner {shape.inner} --rows {shape.rows} --length {shape.length} --steps {args.steps}')
+        found['Hugging Face Llama, fp32'] = f'{llama} --dtype fp32', '.'
+        found['Hugging Face Llama, bf16'] = f'{llama} --dtype bf16', '.'
+    else:
         print('no transformers here: no row for the Hugging Face Llama')
-    common = f'{sys.executable} train.py --optimizer adamw --out {tmp}/ours --steps {steps} --warmup 2 --batch_tokens {rows * T} --eval_every 1000000 --eval_tokens {T} --log_every 1 --device {args.device} '
-    ours = common + f'--micro_batch {rows} --min_length {T} --n_layer {layers} --n_head {heads} --n_kv_head {heads} --n_embd {width} --n_inner {inner} ' + (
-        '--preset tinyllama --data random ' if large else f'--preset tiny --no-qk_norm --data {tmp}/data ')
-    for name, more in {'ours, fp32': '--pe rope --dtype fp32 --no-compile', 'ours, bf16': '--pe rope --dtype bf16 --no-compile', 'ours, fp32, compiled': '--pe rope --dtype fp32 --compile',
-                       'ours, bf16, compiled': '--pe rope --dtype bf16 --compile', 'ours, fp32, Muon': '--pe rope --dtype fp32 --no-compile --optimizer muon', 'ours, fp32, NoPE': '--pe nope --dtype fp32 --no-compile'}.items():
-        out[name] = ours + more, '.'
-    if large:                                        # fp32 at that size is nobody's choice; what --preset tinyllama trains is
-        out = {name: c for name, c in out.items() if 'fp32' not in name}
-        for name, more in {f'--preset tinyllama, {n} rows at a time': f'--micro_batch {n}' for n in (4, 8)}.items() | {'--preset tinyllama, 8 rows at a time, activation checkpointing': '--micro_batch 8 --activation_checkpointing'}.items():
-            out[name] = f'{common}--preset tinyllama --data random --dtype bf16 --compile {more}', '.'
-    return out
+
+    ours = (f'{sys.executable} train.py --out {tmp}/ours --device {args.device} --optimizer adamw '
+            f'--steps {args.steps} --warmup 2 --batch_tokens {shape.tokens} '
+            f'--eval_every {NEVER} --eval_tokens {shape.length} --log_every 1')
+    if size == 'tinyllama':
+        ours += ' --preset tinyllama --data random'
+    else:
+        ours += f' --preset tiny --no-qk_norm --data {tmp}/data'
+    for name, flags in OURS.items():
+        found[name] = (f'{ours} --micro_batch {shape.rows} --min_length {shape.length} --n_layer {shape.layers} '
+                       f'--n_head {shape.heads} --n_kv_head {shape.heads} --n_embd {shape.width} '
+                       f'--n_inner {shape.inner} {flags}', '.')
+
+    if size == 'tinyllama':
+        # fp32 is nobody's choice at this size; the preset as it is trained is somebody's
+        found = {name: contender for name, contender in found.items() if 'fp32' not in name}
+        preset = f'{ours} --dtype bf16 --compile'
+        for rows in (4, 8):
+            found[f'--preset tinyllama, {rows} rows at a time'] = f'{preset} --micro_batch {rows}', '.'
+        found['--preset tinyllama, 8 rows at a time, activation checkpointing'] = \
+            f'{preset} --micro_batch 8 --activation_checkpointing', '.'
+    return found
 
 
-def speed(args):
-    rows, file = [], f'results/speed{"-tinyllama" * ("tinyllama" in args.size)}.csv'
-    others = [r for r in read_csv(file) if r['size'] not in args.size]
-    with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000'], check=True)
-        for size in args.size:
-            found, log, tokens = {}, {}, SIZES[size][3] * SIZES[size][4]
-            if args.nanogpt:
-                folder = f'{args.nanogpt}/data/nanonope_bench'
-                os.makedirs(folder, exist_ok=True)
-                for split in ('train', 'val'):
-                    shutil.copyfile(f'{tmp}/data/{split}.bin', f'{folder}/{split}.bin')
-                with open(f'{folder}/meta.pkl', 'wb') as f:
-                    pickle.dump(dict(vocab_size=32000 if size == 'tinyllama' else get_tokenizer('passkey').n_vocab), f)
-            for k in range(args.rounds):
-                for name, (command, folder) in contenders(args, tmp, size).items():
-                    shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
-                    words = [HF if w == 'HF' else w for w in command.split()]
-                    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-                    if done.returncode:              # out of memory, say: the others count all the same
-                        print(f'{size}, round {k + 1}, {name}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}', flush=True)
-                        continue
-                    if f'{tmp}/ours' in command:
-                        with open(f'{tmp}/ours/log.jsonl') as f:
-                            steps = [r for r in map(json.loads, f) if 'tok_s' in r]
-                        log[name] = dict(mem_gb=f'{steps[-1]["mem_gb"]:.1f}', mfu=f'{statistics.median(r["mfu"] for r in steps[len(steps) // 3:]):.3f}' if steps[-1]['mfu'] else '')
-                        ms = [1000 * tokens / r['tok_s'] for r in steps]
-                    else:
-                        ms = [float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)]
-                    found.setdefault(name, []).append(statistics.median(ms[len(ms) // 3:]))      # the first third warms up, or compiles
-                    print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
-            for name, ms in found.items():
-                rows.append(dict(size=size, trainer=name, ms=f'{statistics.median(ms):.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}', rounds=len(ms), steps=args.steps,
-                                 tok_s=f'{1000 * tokens / statistics.median(ms):.0f}', to_nanogpt=f'{statistics.median(found["nanoGPT"]) / statistics.median(ms):.2f}' if 'nanoGPT' in found else '',
-                                 **log.get(name, dict(mem_gb='', mfu=''))))
-            if rows:
-                write_csv(file, sorted(others + rows, key=lambda r: list(SIZES).index(r['size'])))
+def give_to_nanogpt(nanogpt, data, vocab):
+    """Puts our tokens where nanoGPT's train.py looks for a dataset, in the form that it reads."""
+    folder = f'{nanogpt}/data/{NANOGPT_DATA}'
+    os.makedirs(folder, exist_ok=True)
+    for split in ('train', 'val'):
+        shutil.copyfile(f'{data}/{split}.bin', f'{folder}/{split}.bin')
+    with open(f'{folder}/meta.pkl', 'wb') as f:
+        pickle.dump(dict(vocab_size=vocab), f)
+
+
+def settled(values):
+    """The median of a run's steps without the first third, which warms up or compiles."""
+    return statistics.median(values[len(values) // 3:])
+
+
+def race(args, tmp, size):
+    """-> a row of the csv for each contender that ran to its end."""
+    tokens = SIZES[size].tokens
+    found = {}                   # name: milliseconds a step, of each round
+    extras = {}                  # name: what only our log tells
+    log = f'{tmp}/ours/log.jsonl'
+    entrants = contenders(args, tmp, size)
+    for k in range(args.rounds):
+        for name, (command, folder) in entrants.items():
+            shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
+            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
+            if done.returncode:                      # out of memory, say: the others count all the same
+                errors = done.stderr.strip().splitlines() or [done.returncode]
+                print(f'{size}, round {k + 1}, {name}: {errors[-1]}', flush=True)
+                continue
+            if os.path.exists(log):
+                with open(log) as f:
+                    steps = [line for line in map(json.loads, f) if 'tok_s' in line]
+                ms = [1000 * tokens / line['tok_s'] for line in steps]
+                last = steps[-1]
+                mfu = ''
+                if last['mfu']:                      # where the peak of the device is known
+                    mfu = f'{settled([line["mfu"] for line in steps]):.3f}'
+                extras[name] = dict(mem_gb=f'{last["mem_gb"]:.1f}', mfu=mfu)
+            else:
+                ms = [float(text) for text in re.findall(r'time ([\d.]+)ms', done.stdout)]
+            found.setdefault(name, []).append(settled(ms))
+            print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
+
+    rows = []
+    for name, ms in found.items():
+        median = statistics.median(ms)
+        to_nanogpt = ''
+        if 'nanoGPT' in found:
+            to_nanogpt = f'{statistics.median(found["nanoGPT"]) / median:.2f}'
+        row = dict(size=size, trainer=name, ms=f'{median:.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}',
+                   rounds=len(ms), steps=args.steps, tok_s=f'{1000 * tokens / median:.0f}', to_nanogpt=to_nanogpt)
+        rows.append(row | extras.get(name, dict(mem_gb='', mfu='')))
     return rows
 
 
-def once(what, length, shape, dtype, answer):
-    """In a process of its own: seconds and peak memory of one step, prompt or window of one row; shape: fields of GPTConfig."""
+def speed(args):
+    file = 'results/speed-tinyllama.csv' if 'tinyllama' in args.size else 'results/speed.csv'
+    kept = [row for row in read_csv(file) if row['size'] not in args.size]
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        prepare = [sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000']
+        subprocess.run(prepare, check=True)
+        for size in args.size:
+            if args.nanogpt:
+                give_to_nanogpt(args.nanogpt, f'{tmp}/data', SIZES[size].vocab)
+            rows += race(args, tmp, size)
+            if rows:
+                write_csv(file, sorted(kept + rows, key=lambda row: list(SIZES).index(row['size'])))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# costs
+
+SCRIPTS = ('train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy')
+
+
+def once(what, length, shape, dtype, answers):
+    """
+    Puts into the queue `answers` the seconds and the peak of memory, in MB, of one step, prompt or window of one row.
+    shape: fields of GPTConfig. In a process of its own, since a peak is that of a process.
+    """
     env = setup(SimpleNamespace(device='auto', dtype=dtype, seed=0))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape)).to(env.device) if what == 'train' else frozen(GPT(GPTConfig(**shape)), env)
-    tok, ids = get_tokenizer('passkey'), np.random.default_rng(0).integers(101, size=4 * length + 64).astype(np.uint16)
-    args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True, compile=None, activation_checkpointing=what.endswith('checkpointing'))
-    before = torch.cuda.memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    args = SimpleNamespace(length=length, batch=1, micro_batch=1, seed=0, method='head', lr=0.05, steps=1, focus=True,
+                           compile=None, activation_checkpointing=what.endswith('checkpointing'))
+    model = GPT(GPTConfig(**shape))
+    model = model.to(env.device) if what == 'train' else frozen(model, env)
+    tok = get_tokenizer('passkey')
+    ids = np.random.default_rng(0).integers(PASSKEY_VOCAB, size=4 * length + 64).astype(np.uint16)
+    before = used_memory(env.device)
+    if what == 'train':
+        net = compiled(model, args, env)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
         if what == 'train':
-            x = torch.from_numpy(ids[:length + 1].astype(np.int64))[None].to(env.device)
+            x = torch.from_numpy(ids[None, :length + 1].astype(np.int64)).to(env.device)         # (1, T + 1)
             with env.autocast():
                 loss = net(x[:, :-1], x[:, 1:])[1]
             loss.backward()
-            opt.step()
+            optimizer.step()
         elif what.startswith('tune'):
             extend.tune(model, extend.Corpus(ids, tok.bos), args, env)
         elif what == 'perplexity':
-            extend.perplexity(model, [ids], tok.bos, [length], 64, 64, env, length)
+            measure.perplexity(model, [ids], tok.bos, [length], 64, 64, env, length)
         elif what == 'entropy':
-            extend.entropies(model, [ids], length, env, samples=1)
+            measure.entropies(model, [ids], length, env, samples=1)
         else:
             prompt, answer, _ = eval_passkey.make_prompt(tok, length, 4, 10, np.random.default_rng(0))
             eval_passkey.score(model, [prompt], [answer], env)
-    wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
-    net, opt = compiled(model, args, env), torch.optim.AdamW(model.parameters(), fused=True)
-    start, n = time.time(), 0
-    step()                                           # compiles on a GPU; on a CPU it counts where it is long
-    wait()
+        synchronize(env)
+
+    start = time.time()
+    step()
     seconds = time.time() - start
+    # the first one warms up, and on a GPU compiles; a long one on a CPU counts as it is
     if seconds < 2 or 'cuda' in env.device:
-        start = time.time()
+        n, start = 0, time.time()
         while n < 20 and time.time() - start < 2:
             step()
-            wait()
             n += 1
         seconds = (time.time() - start) / n
-    peak = torch.cuda.max_memory_allocated() if 'cuda' in env.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer.put((seconds, (peak - before) / 1e6))
+    answers.put((seconds, 1000 * (used_memory(env.device) - before)))
 
 
 def expected(what, n, shape):
-    """Arithmetic of one row of n tokens, but for a constant: (6N + 12 n_layer n_embd T) T; the entropy takes the scores a second time."""
+    """-> arithmetic of one row of n tokens but for a constant, (6N + 12 n_layer n_embd T) T, and the parameters N."""
     with torch.device('meta'):
         model = GPT(GPTConfig(**shape))
-    return n * (model.flops_per_token(n) + 6 * shape['n_layer'] * shape['n_embd'] * n * (what == 'entropy')), model.num_params()
+    flops = n * model.flops_per_token(n)
+    if what == 'entropy':                            # takes the scores a second time
+        flops += 6 * shape['n_layer'] * shape['n_embd'] * n * n
+    return flops, model.num_params()
+
+
+def smaller(row, rows):
+    """The last of the rows that differs in nothing but a smaller length or a smaller width, or None."""
+    found = None
+    for old in rows:
+        shorter = old['width'] == row['width'] and old['length'] < row['length']
+        narrower = old['length'] == row['length'] and old['width'] < row['width']
+        if old['what'] == row['what'] and (shorter or narrower):
+            found = old
+    return found
+
+
+def growth(row, old, flops):
+    """How a row grew from a smaller one, as slopes in log-log. flops: the ratio of their arithmetic."""
+    by = 'length' if old['length'] < row['length'] else 'width'
+
+    def exponent(ratio):
+        return f'{math.log(ratio) / math.log(row[by] / old[by]):.2f}'
+
+    def ratio(column):                               # what was too little to measure stands there as 0
+        return max(float(row[column]), 1e-9) / max(float(old[column]), 1e-9)
+
+    return dict(grows_by=by, arithmetic_exponent=exponent(flops), time_exponent=exponent(ratio('seconds')),
+                memory_exponent=exponent(ratio('mb')))
 
 
 def costs(args):
-    rows, flops, spawn = [], {}, multiprocessing.get_context('spawn')
-    whats = ('train', 'tune', 'tune_checkpointing', 'perplexity', 'passkey', 'entropy')
-    own = lambda width: dict(vocab_size=101, block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=width, n_inner=width, qk_norm=True)
-    shape, dtype, file = (PRESETS[args.preset], 'auto', f'results/costs-{args.preset}.csv') if args.preset else (own(128), 'fp32', 'results/costs.csv')
-    grid = [(what, n, shape) for what in whats for n in args.lengths]
+    def square(width):
+        return dict(vocab_size=PASSKEY_VOCAB, block_size=256, n_layer=4, n_head=4, n_kv_head=4, n_embd=width,
+                    n_inner=width, qk_norm=True)
+
+    if args.preset:
+        file, dtype, shape = f'results/costs-{args.preset}.csv', 'auto', PRESETS[args.preset]
+    else:
+        file, dtype, shape = 'results/costs.csv', 'fp32', square(128)
+    grid = [(what, n, shape) for what in SCRIPTS for n in args.lengths]
     if not args.preset:
-        grid += [(what, 1024, own(width)) for what in whats for width in (256, 512)]
+        grid += [(what, 1024, square(width)) for what in SCRIPTS for width in (256, 512)]
+
+    rows, flops = [], {}
+    spawn = multiprocessing.get_context('spawn')
     for what, n, shape in grid:
-        answer, width = spawn.Queue(), shape['n_embd']
-        p = spawn.Process(target=once, args=(what, n, shape, dtype, answer))
-        p.start()
-        while p.is_alive() and answer.empty():
+        answers, width = spawn.Queue(), shape['n_embd']
+        process = spawn.Process(target=once, args=(what, n, shape, dtype, answers))
+        process.start()
+        while process.is_alive() and answers.empty():
             time.sleep(0.1)
-        if answer.empty():
+        if answers.empty():
             print(f'{what} at {n}, width {width}: ended without an answer (out of memory?)', flush=True)
             continue
-        seconds, mb = answer.get()
-        p.join()
+        seconds, mb = answers.get()
+        process.join()
         flops[what, n, width], params = expected(what, n, shape)
-        rows.append(dict(what=what, length=n, width=width, params=params, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}'))
-        # how it grew from the last one, as the slope in log-log: by length, or where that is the same, by width
-        before = [r for r in rows[:-1] if r['what'] == what and (r['width'] == width and r['length'] < n or r['length'] == n and r['width'] < width)]
-        exponents = ['', '', '', '']
-        if before:
-            old = before[-1]
-            by = 'length' if old['length'] < n else 'width'
-            grew = math.log(rows[-1][by] / old[by])
-            exponents = [by] + [f'{math.log(x) / grew:.2f}' for x in (flops[what, n, width] / flops[what, old['length'], old['width']],
-                                                                      *(max(float(rows[-1][k]), 1e-9) / max(float(old[k]), 1e-9) for k in ('seconds', 'mb')))]
-        rows[-1].update(zip(('grows_by', 'arithmetic_exponent', 'time_exponent', 'memory_exponent'), exponents))
-        print(rows[-1], flush=True)
+        row = dict(what=what, length=n, width=width, params=params, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}',
+                   grows_by='', arithmetic_exponent='', time_exponent='', memory_exponent='')
+        old = smaller(row, rows)
+        if old:
+            row |= growth(row, old, flops[what, n, width] / flops[what, old['length'], old['width']])
+        rows.append(row)
+        print(row, flush=True)
         write_csv(file, rows)
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# perplexity
+
 def perplexity(args):
-    """Seconds of extend.perplexity, and of as many bare forward passes over the same number of windows, in turns."""
-    env = setup(SimpleNamespace(device=args.device, dtype='auto' if 'cuda' in args.device else 'fp32', seed=0))
-    vocab = 32000 if args.preset else get_tokenizer('passkey').n_vocab
-    model, rows = frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[args.preset or 'tiny'])), env), []
-    wait = torch.cuda.synchronize if 'cuda' in env.device else lambda: None
+    """Seconds of measure.perplexity, and of bare forward passes over the same number of windows, in turns."""
+    dtype = 'auto' if 'cuda' in args.device else 'fp32'
+    env = setup(SimpleNamespace(device=args.device, dtype=dtype, seed=0))
+    preset = args.preset or 'tiny'
+    vocab = 32000 if args.preset else PASSKEY_VOCAB
+    model = frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[preset])), env)
+    rows = []
     for n in args.lengths:
-        size, many = max(1, 2**14 // n), max(4, 2**16 // n)          # windows in a forward pass, and in all
+        per_pass, n_windows = max(1, 2**14 // n), max(4, 2**16 // n)
         stride = min(256, n // 2)
-        ids = np.random.default_rng(0).integers(vocab, size=n + many * stride + 1).astype(np.uint16)
-        window = torch.from_numpy(ids[:n].astype(np.int64)).to(env.device).repeat(size, 1)
+        ids = np.random.default_rng(0).integers(vocab, size=n + n_windows * stride + 1).astype(np.uint16)
+        batch = torch.from_numpy(ids[:n].astype(np.int64)).to(env.device).repeat(per_pass, 1)    # (per_pass, T)
 
         @torch.inference_mode()
         def bare():
-            for i in range(0, many, size):
+            for done in range(0, n_windows, per_pass):
                 with env.autocast():
-                    model(window[:many - i], rows=slice(-1, None))
-            wait()
-        times = ([], [])
-        for k in range(args.rounds + 1):             # the first one warms up
-            for t, how in zip(times, (bare, lambda: extend.perplexity(model, [ids], None, [n], stride, many * stride, env, 2**14))):
-                start = time.time()
-                how()
-                t.append(time.time() - start)
-        forward, whole = (statistics.median(t[1:]) for t in times)
-        rows.append(dict(preset=args.preset or 'tiny', length=n, windows=many, stride=stride, forward_s=f'{forward:.3f}', perplexity_s=f'{whole:.3f}', times=f'{whole / forward:.2f}'))
+                    model(batch[:n_windows - done], rows=slice(-1, None))
+            synchronize(env)
+
+        def whole():
+            measure.perplexity(model, [ids], None, [n], stride, n_windows * stride, env, 2**14)
+
+        in_turns(1, bare, whole)                     # warms up
+        (bare_s, _), (whole_s, _) = in_turns(args.rounds, bare, whole)
+        rows.append(dict(preset=preset, length=n, windows=n_windows, stride=stride, forward_s=f'{bare_s:.3f}',
+                         perplexity_s=f'{whole_s:.3f}', times=f'{whole_s / bare_s:.2f}'))
         print(rows[-1], flush=True)
         write_csv('results/perplexity-speed.csv', rows)
     return rows
 
 
-def passkey(args):
-    """The same prompts through eval_passkey.score, and as the paper has it: one prompt at a time through transformers' generate."""
-    try:
-        from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    except ImportError:
-        fail('--passkey measures transformers: pip install transformers')
-    env, ckpt = setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0)), load_checkpoint(args.passkey)
-    model, tok = load_model(ckpt).to(env.device).eval(), get_tokenizer(ckpt['tokenizer'])
+# ---------------------------------------------------------------------------------------------------------------------
+# passkey
+
+def in_transformers(file, ckpt, model, env):
+    """The network of a checkpoint as a model of transformers that decodes as many tokens as it is told to."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
     c = model.config
-    if c.qk_norm:                                    # not exported; Qwen3 has it, with a gain of 1 here, and RoPE, which by frequencies of 0 is none
-        if c.pe not in ('nope', 'rope') or c.rope_inv_freq or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any():
-            fail(f'{args.passkey}: with QK-norm, transformers knows only nope and rope, not extended')
-        theirs = Qwen3ForCausalLM(Qwen3Config(**{hf: getattr(c, ours) for ours, hf in convert.SHAPE.items()}, head_dim=c.n_embd // c.n_head, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-                                              tie_word_embeddings=False, max_position_embeddings=16 * c.block_size, bos_token_id=tok.bos, eos_token_id=None, pad_token_id=None)).to(env.device).eval()
-        theirs.load_state_dict({convert.hf_name(k): w for k, w in ckpt['model'].items() if not k.endswith(('.scale', '.slope'))}, strict=False)
+    if c.qk_norm:
+        # convert.py does not export it. Qwen3 has it, with a gain (1 here), and RoPE (none where its frequencies are 0)
+        extended = c.rope_inv_freq or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any()
+        if c.pe not in ('nope', 'rope') or extended:
+            fail(f'{file}: with QK-norm, transformers knows only nope and rope, not extended')
+        shape = {theirs: getattr(c, ours) for ours, theirs in convert.SHAPE.items()}
+        config = Qwen3Config(**shape, head_dim=c.n_embd // c.n_head, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+                             max_position_embeddings=16 * c.block_size, tie_word_embeddings=False,
+                             bos_token_id=get_tokenizer(ckpt['tokenizer']).bos, eos_token_id=None, pad_token_id=None)
+        theirs = Qwen3ForCausalLM(config)
+        weights = {}
+        for name, weight in ckpt['model'].items():
+            if not name.endswith(('.scale', '.slope')):
+                weights[convert.hf_name(name)] = weight
+        theirs.load_state_dict(weights, strict=False)            # what it has more are the gains
         if c.pe == 'nope':
             theirs.model.rotary_emb.inv_freq.zero_()
     else:
         with tempfile.TemporaryDirectory() as tmp:
             convert.write(ckpt, f'{tmp}/hf', 'fp32')
-            theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf').to(env.device).eval()
-    theirs.generation_config.eos_token_id = None     # or they would stop there, or be kept from it
-    file, shape = 'results/passkey-speed.csv', dict(layers=c.n_layer, width=c.n_embd)
-    rows = [r for r in read_csv(file) if {k: int(r[k]) for k in shape} != shape]              # of other shapes
+            theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf')
+    theirs.generation_config.eos_token_id = None     # or it would stop there, or be kept from it
+    return theirs.to(env.device).eval()
 
-    def ours_score(made):
-        size = max(1, 2**14 // len(made[0][0] + made[0][1]))
-        return [hit for i in range(0, len(made), size) for hit, _ in eval_passkey.score(model, [m[0] for m in made[i:i + size]], [m[1] for m in made[i:i + size]], env)]
 
-    def their_score(made):
-        return [int(decoded[len(prompt):] == answer) for (prompt, answer, _), decoded in zip(made, map(their_text, made))]
+def passkey(args):
+    """The same prompts through eval_passkey.score, and as the paper has it: one at a time through generate."""
+    if not importlib.util.find_spec('transformers'):
+        fail('--passkey measures transformers: pip install transformers')
+    env = setup(SimpleNamespace(device=args.device, dtype='fp32', seed=0))
+    ckpt = load_checkpoint(args.passkey)
+    model = load_model(ckpt).to(env.device).eval()
+    tok = get_tokenizer(ckpt['tokenizer'])
+    theirs = in_transformers(args.passkey, ckpt, model, env)
 
-    def their_text(m):
-        x = torch.tensor([m[0]], device=env.device)
-        return theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(m[1]), do_sample=False)[0].tolist()
+    def our_scores(prompts, answers):
+        """-> [(1 if the answer would be decoded, else 0; its log-probability)]"""
+        per_pass = max(1, 2**14 // (len(prompts[0]) + len(answers[0])))
+        scores = []
+        for i in range(0, len(prompts), per_pass):
+            scores += eval_passkey.score(model, prompts[i:i + per_pass], answers[i:i + per_pass], env)
+        return scores
 
-    for n in default_lengths(model.config)[1:]:   # half of it may hold no prompt
-        made = [eval_passkey.make_prompt(tok, n, d, 10, np.random.default_rng((42, n, d, t))) for t in range(2) for d in range(10)]
-        for how in (ours_score, their_score):        # nobody is timed cold
-            how(made[:1])
-        times, hits = ([], []), [None, None]
-        for _ in range(args.rounds):
-            for i, how in enumerate((ours_score, their_score)):
-                start = time.time()
-                hits[i] = how(made)
-                times[i].append(time.time() - start)
-        ours, other = map(statistics.median, times)
-        rows.append(dict(shape, length=n, prompts=len(made), ours_s=f'{ours:.3f}', generate_s=f'{other:.3f}', times=f'{other / ours:.1f}', our_hits=sum(hits[0]), their_hits=sum(hits[1]),
-                         decoded_alike=sum(model.generate(torch.tensor([m[0]], device=env.device), len(m[1]), temperature=0)[0].tolist() == their_text(m) for m in made)))
+    def their_answers(prompts, answers):
+        """-> what is decoded, as many tokens as each answer has."""
+        decoded = []
+        for prompt, answer in zip(prompts, answers):
+            x = torch.tensor([prompt], device=env.device)
+            out = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(answer), do_sample=False)
+            decoded.append(out[0, len(prompt):].tolist())
+        return decoded
+
+    file, shape = 'results/passkey-speed.csv', dict(layers=model.config.n_layer, width=model.config.n_embd)
+    rows = []
+    for row in read_csv(file):
+        if dict(layers=int(row['layers']), width=int(row['width'])) != shape:
+            rows.append(row)                         # of another model: stays
+    for n in default_lengths(model.config)[1:]:      # half the training length may hold no prompt
+        prompts, answers = [], []
+        for trial in range(2):
+            for depth in range(10):
+                rng = np.random.default_rng((42, n, depth, trial))
+                prompt, answer, _ = eval_passkey.make_prompt(tok, n, depth, 10, rng)
+                prompts.append(prompt)
+                answers.append(answer)
+        our_scores(prompts[:1], answers[:1])         # nobody is timed cold
+        their_answers(prompts[:1], answers[:1])
+        (our_s, scores), (their_s, decoded) = in_turns(
+            args.rounds, lambda: our_scores(prompts, answers), lambda: their_answers(prompts, answers))
+
+        their_hits = alike = 0
+        for prompt, answer, told in zip(prompts, answers, decoded):
+            idx = torch.tensor([prompt], device=env.device)
+            ours = model.generate(idx, len(answer), temperature=0)[0, len(prompt):].tolist()
+            their_hits += told == answer
+            alike += told == ours
+        rows.append(dict(shape, length=n, prompts=len(prompts), ours_s=f'{our_s:.3f}', generate_s=f'{their_s:.3f}',
+                         times=f'{their_s / our_s:.1f}', our_hits=sum(hit for hit, _ in scores),
+                         their_hits=their_hits, decoded_alike=alike))
         print(rows[-1], flush=True)
         write_csv(file, rows)
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+def at_least_three(text):
+    """Of the steps of a run the first third is left out."""
+    return number(text, int, lambda n: n >= 3, 'a whole number, at least 3')
+
+
 def parse_args(argv=None):
     p = parser(__doc__)
-    p.add_argument('--passkey', metavar='CKPT', help='the passkey grid of this checkpoint, ours and through transformers, instead of the speed of training')
-    p.add_argument('--perplexity', action='store_true', help='measuring perplexity beside bare forward passes, instead of the speed of training')
-    p.add_argument('--costs', action='store_true', help='how the cost of each script grows, instead of the speed of training')
-    p.add_argument('--preset', choices=PRESETS, help='--costs of this one (default: 4 layers x 128, fp32); --perplexity of this one (default tiny)')
+    p.add_argument('--passkey', metavar='CKPT', help='instead of the speed of training: the passkey grid of this '
+                   'checkpoint, ours and through transformers')
+    p.add_argument('--perplexity', action='store_true', help='instead: measuring perplexity beside bare forward passes')
+    p.add_argument('--costs', action='store_true', help='instead: how the cost of each script grows')
+    p.add_argument('--preset', choices=PRESETS, help='of --costs (default: 4 layers x 128, fp32) or of --perplexity '
+                   '(default: tiny)')
     p.add_argument('--nanogpt', metavar='DIR', help='a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--size', nargs='+', choices=SIZES, default=['tiny', 'small'])
-    p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--steps', type=int, default=30)
+    p.add_argument('--rounds', type=positive_int, default=3)
+    p.add_argument('--steps', type=at_least_three, default=30)
     p.add_argument('--lengths', type=int_list, default=[256, 1024, 4096, 16384, 32768])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = p.parse_args(argv)
-    if args.rounds < 1 or args.steps < 3:
-        fail('--rounds must be at least 1, --steps at least 3')
     if args.preset and not (args.costs or args.perplexity):
         fail('--preset is for --costs and --perplexity; the speed of training takes --size')
     return args
@@ -325,12 +513,19 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    rows = (passkey if args.passkey else perplexity if args.perplexity else costs if args.costs else speed)(args)
+    if args.passkey:
+        rows = passkey(args)
+    elif args.perplexity:
+        rows = perplexity(args)
+    elif args.costs:
+        rows = costs(args)
+    else:
+        rows = speed(args)
     if not rows:
         fail('nothing was measured: the lines above say why')
     print('\n| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
-    for r in rows:
-        print('| ' + ' | '.join(str(v) for v in r.values()) + ' |')
+    for row in rows:
+        print('| ' + ' | '.join(map(str, row.values())) + ' |')
 
 
 if __name__ == '__main__':

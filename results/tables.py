@@ -36,8 +36,8 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------------------
 # the recipe of the headline: corpora, runs, rows, and what is measured
 
-# options of data.passkey.prepare: documents of up to twice the training length to train on; longer ones of the same kind,
-# which ask oftener, to extend on and to measure with
+# options of data.passkey.prepare: documents of up to twice the training length to train on; longer ones of the same
+# kind, which ask oftener, to extend on and to measure with
 CORPORA = dict(
     passkey=dict(tokens=8_000_000),
     passkey_long=dict(tokens=8_000_000, gap=6, longest=8192, seed=1),

@@ -28,6 +28,7 @@ from conftest import (
 import eval_passkey
 import extend
 import train
+from data import measure
 from data.checkpoint import frozen, load_checkpoint, load_model
 from data.figures import read_csv
 from data.runtime import Env
@@ -309,7 +310,8 @@ def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
 
 def test_longrope(corpus, tmp_path):
     run(train, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}')
-    command = f'{HEAD} --method longrope --population 8 --iterations 3 --ckpt {tmp_path} --data {corpus} --eval_tokens 0'
+    search = '--method longrope --population 8 --iterations 3 --eval_tokens 0'
+    command = f'{HEAD} {search} --ckpt {tmp_path} --data {corpus}'
     run(extend, command)
     run(extend, command, f'--out {tmp_path}/again')
     old, new, again = (load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
@@ -418,7 +420,7 @@ def test_every_length_scores_the_same_tokens(stride, asked, bos):
         assert torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
         seen.setdefault(whole.size(1), []).append(y.flatten())
         return None, torch.tensor(1.0)
-    got = extend.perplexity(model, docs, bos, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
+    got = measure.perplexity(model, docs, bos, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
     assert list(seen) == [21, 48, 96]                # a window is exactly the length named
     scored = [torch.cat(s).sort()[0] for s in seen.values()]
     assert all(torch.equal(s, scored[0]) for s in scored) and scored[0].unique().numel() == scored[0].numel()
@@ -436,12 +438,12 @@ def test_perplexity_is_the_plain_one():
     ref, want = copy.deepcopy(model).double(), []
     for length in 10, 25, 40:
         nll = []
-        for d, end in extend.windows(docs, 40, 6, 60):
+        for d, end in measure.windows(docs, 40, 6, 60):
             w = torch.tensor([7, *d[end - length + 1:end].tolist()])
             nll += [-ref(w[None, :-1])[0][0, i - 1].log_softmax(-1)[w[i]].item() for i in range(length - 6, length)]
         want.append(sum(nll) / len(nll))
     for batch_tokens in 1, 10**6:
-        got = extend.perplexity(model, docs, 7, [10, 25, 40], 6, 60, ENV, batch_tokens)
+        got = measure.perplexity(model, docs, 7, [10, 25, 40], 6, 60, ENV, batch_tokens)
         assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(
             np.exp(want).tolist(), rel=1e-5
         )
@@ -454,7 +456,7 @@ def test_the_papers_windows(trained, corpus, tmp_path):
     """
     model, docs = build(), [some(55), some(30)[5:], some(90)]
     ref = copy.deepcopy(model).double()
-    got = extend.perplexity(model, docs, 7, [20, 40], 6, 60, ENV, 200, paper=True)
+    got = measure.perplexity(model, docs, 7, [20, 40], 6, 60, ENV, 200, paper=True)
     for row in got:
         nll, seen, L = [], set(), row['length']
         for i, d in enumerate(docs):
@@ -483,7 +485,7 @@ def test_the_papers_windows(trained, corpus, tmp_path):
 def test_uniform_model_has_the_vocabulary_as_perplexity(stride):
     model = build()
     model.lm_head.weight.zero_()
-    got = extend.perplexity(model, [some(150)], 7, [10, 16, 77], stride, 200, ENV, 100)
+    got = measure.perplexity(model, [some(150)], 7, [10, 16, 77], stride, 200, ENV, 100)
     assert [r['ppl'] for r in got] == pytest.approx([50] * 3, rel=1e-5)
 
 
@@ -496,27 +498,27 @@ def test_attention_entropy(block):
         .softmax(-1)
     )
     torch.testing.assert_close(
-        extend.attention_entropy(q, k, block).double(), -torch.xlogy(a, a).sum(-1).mean(0), atol=1e-5, rtol=0
+        measure.attention_entropy(q, k, block).double(), -torch.xlogy(a, a).sum(-1).mean(0), atol=1e-5, rtol=0
     )
-    even = extend.attention_entropy(q * 0, k, block)
+    even = measure.attention_entropy(q * 0, k, block)
     torch.testing.assert_close(even, torch.arange(1, 78).log().expand(4, 77), atol=1e-5, rtol=0)
 
 
 def test_entropies_are_those_of_the_model():
     model, docs = build(), [some(60), some(30), some(80)[9:]]
-    got, want = extend.entropies(model, docs, 50, ENV), 0
+    got, want = measure.entropies(model, docs, 50, ENV), 0
     for d in docs[0], docs[2]:                       # layer 0 by hand: lambda sharpens
         x, at = model.embed(torch.from_numpy(d[:50].astype(np.int64)))[None], model.blocks[0].attn
         q, k = (
             z.unflatten(-1, (-1, 8)).transpose(1, 2)
             for z in (at.q_proj(F.rms_norm(x, (32,))), at.k_proj(F.rms_norm(x, (32,))))
         )
-        want = want + extend.attention_entropy(q * at.scale[:, None, None], k, 50) / 2
+        want = want + measure.attention_entropy(q * at.scale[:, None, None], k, 50) / 2
     torch.testing.assert_close(got[0], want, atol=1e-3, rtol=0)
     for b in model.blocks:
         b.attn.q_proj.weight.zero_()
     torch.testing.assert_close(
-        extend.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0
+        measure.entropies(model, docs, 50, ENV), torch.arange(1, 51).log().expand(2, 4, 50), atol=1e-5, rtol=0
     )
     assert not any(b.attn._forward_pre_hooks for b in model.blocks)
 
@@ -532,7 +534,7 @@ def test_entropies_see_the_bias(pe):
     a = a.masked_fill(n < 0, -math.inf).double().softmax(-1)
     want = -torch.xlogy(a, a).sum(-1)
     torch.testing.assert_close(
-        extend.entropies(model, [some(60)], 50, ENV).double(), want.expand(2, 4, 50), atol=1e-5, rtol=0
+        measure.entropies(model, [some(60)], 50, ENV).double(), want.expand(2, 4, 50), atol=1e-5, rtol=0
     )
     assert (want[:, -1] < 0.98 * math.log(50)).any()
 
@@ -707,8 +709,8 @@ def test_entropy_is_exact_under_autocast():
         torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(1)),
     )
     with torch.autocast('cpu', torch.bfloat16):      # as it is called from a bf16 forward pass
-        got = extend.attention_entropy(q, k, block=24)
-    assert got.dtype == torch.float32 and torch.equal(got, extend.attention_entropy(q, k, block=24))
+        got = measure.attention_entropy(q, k, block=24)
+    assert got.dtype == torch.float32 and torch.equal(got, measure.attention_entropy(q, k, block=24))
 
 
 def test_an_extended_checkpoint_is_not_extended_again(extended, corpus, tmp_path):

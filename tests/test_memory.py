@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import eval_passkey
 import extend
 import train
+from data import measure
 from data.checkpoint import frozen
 from data.runtime import Env
 from model import GPT, PRESETS, GPTConfig
@@ -127,8 +128,8 @@ def test_training(pe, dtype):
 MEASURE = dict(
     validate=lambda model, env: train.validate(model, DATA, 1, ARGS, env),
     uniform=lambda model, env: extend.uniform(model, CORPUS, ARGS, env),
-    perplexity=lambda model, env: extend.perplexity(model, [DATA], 1, [T], 256, 512, env, T),
-    entropies=lambda model, env: extend.entropies(model, [DATA], T, env),
+    perplexity=lambda model, env: measure.perplexity(model, [DATA], 1, [T], 256, 512, env, T),
+    entropies=lambda model, env: measure.entropies(model, [DATA], T, env),
     passkey=lambda model, env: eval_passkey.score(model, [[1] * (T - 6)], [[1] * 6], env),
     decode=lambda model, env: eval_passkey.score(model, [[1] * (T - 6)], [[1] * 6], env, decode=True),
     generate=lambda model, env: model.generate(torch.zeros(1, T, dtype=torch.long), 3, top_k=50),

@@ -120,7 +120,7 @@ def test_reproduce_toy(tmp_path):
 
 
 class OneAtATime(Executor):
-    """An executor that does its work at once, in the thread that asks (the scripts handle signals, in the main thread)."""
+    """Does its work at once, in the thread that asks: the scripts handle signals, which takes the main thread."""
     def __init__(self, workers):
         pass
 
@@ -283,11 +283,12 @@ def test_the_demo_s_extensions_can_be_made_again(tmp_path, monkeypatch):
     """head, which begins with uniform: bit for bit where no rounding differs, else to a tenth."""
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     shipped = {name: load_checkpoint(f'{ROOT}/results/demo/{name}.pt')['extended'] for name in ('uniform', 'head')}
-    done = python('-m', 'data.passkey.prepare', '--out', f'{tmp_path}/long', *stages.flags(tables.CORPORA['passkey_long']))
+    corpus = stages.flags(tables.CORPORA['passkey_long'])
+    done = python('-m', 'data.passkey.prepare', '--out', f'{tmp_path}/long', *corpus)
     assert done.returncode == 0, done.stderr
-    done = python('extend.py', '--ckpt', f'{ROOT}/results/demo/nope.pt', '--data', f'{tmp_path}/long', '--out', tmp_path,
-                  '--method', 'head', '--length', 2048, '--dtype', 'fp32', '--eval_tokens', 0,
-                  *stages.flags(tables.TUNE))
+    flags = f'--data {tmp_path}/long --out {tmp_path} --method head --length 2048 --dtype fp32 --eval_tokens 0'
+    base = f'{ROOT}/results/demo/nope.pt'
+    done = python('extend.py', '--ckpt', base, *flags.split(), *stages.flags(tables.TUNE))
     assert done.returncode == 0, done.stderr
     made = load_checkpoint(f'{tmp_path}/head-2048.pt')['extended']
     assert made['data_fingerprint'] == shipped['head']['data_fingerprint']

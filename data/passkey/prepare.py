@@ -1,8 +1,8 @@
 """
 The synthetic corpus of the tiny reproduction: generated, no download, a vocabulary of about a hundred words.
 
-    python -m data.passkey.prepare --out data/passkey                          # 8M tokens in short documents: to train on
-    python -m data.passkey.prepare --out data/passkey_long --longest 8192 --gap 6 --seed 1       # to extend on
+    python -m data.passkey.prepare --out data/passkey                          # 8M tokens to train on
+    python -m data.passkey.prepare --out data/passkey_long --longest 8192 --gap 6 --seed 1       # longer, to extend on
 
 Documents of random length (log-uniform, 64 to --longest tokens), of two kinds in random order:
   passkey  the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it): the task, one key told once
@@ -23,10 +23,10 @@ INFO = '\nThe pass key is {key}. Remember it. {key} is the pass key.\n'
 QUESTION = '\nWhat is the pass key? The pass key is'
 ANSWER = ' {key}'
 
-NAMES = 'Tom Anna Ben Lucy Sam Mia Max Eva'.split()
-PLACES = 'garden kitchen forest river school market tower bridge'.split()
-THINGS = 'ball book hat lamp ring drum kite cup'.split()
-COLOURS = 'red white black brown grey pink'.split()
+NAMES = ['Tom', 'Anna', 'Ben', 'Lucy', 'Sam', 'Mia', 'Max', 'Eva']
+PLACES = ['garden', 'kitchen', 'forest', 'river', 'school', 'market', 'tower', 'bridge']
+THINGS = ['ball', 'book', 'hat', 'lamp', 'ring', 'drum', 'kite', 'cup']
+COLOURS = ['red', 'white', 'black', 'brown', 'grey', 'pink']
 FACTS = (' {name} lives near the {place}.', ' {name} has the {thing}.', ' The {thing} looks {colour}.')
 
 ROOM = 30                        # tokens that the key and a first question take, at the end of a document
@@ -47,7 +47,7 @@ def get_encoding():
 
 
 def passkey_document(rng, n, encode, gap):
-    """At least n ids: task, garbage, the key, and from then on the question: often in some documents, rarely in others."""
+    """At least n ids: task, garbage, the key, and from then on the question: often in some, rarely in others."""
     key = rng.integers(10000, 100000)
     info, asked = encode(INFO.format(key=key)), encode(QUESTION + ANSWER.format(key=key) + '.')
     garbage = [encode(g) for g in GARBAGE]
@@ -70,8 +70,14 @@ def story_document(rng, n, encode, gap):
     people = rng.permutation(NAMES)[:rng.integers(3, 9)]
     places, things = rng.permutation(PLACES), rng.permutation(THINGS)
     colours = rng.choice(COLOURS, len(things))
-    facts = [encode(f.format(name=a, place=b, thing=c, colour=d)) for a, b, c, d in zip(people, places, things, colours) for f in FACTS]
-    return [i for f in rng.integers(0, len(facts), size=n // 5 + 1) for i in facts[f]]      # five to six ids a fact
+    facts = []
+    for name, place, thing, colour in zip(people, places, things, colours):
+        for fact in FACTS:
+            facts.append(encode(fact.format(name=name, place=place, thing=thing, colour=colour)))
+    ids = []
+    for i in rng.integers(0, len(facts), size=n // 5 + 1):       # five to six ids a fact
+        ids += facts[i]
+    return ids
 
 
 def generate(tokens, retrieval, gap, seed, longest=4096):
