@@ -29,7 +29,7 @@ from data.runtime import fail
 from data.tokenizer import get_tokenizer
 from data.tokens import write_data
 
-SHARD = 2**22                                        # characters, about a second of work: what a stop loses for each process
+SHARD = 2**22                                        # characters, about a second of work: what a stop loses a process
 tokenizer_of = functools.cache(get_tokenizer)        # one for each process
 
 
@@ -46,7 +46,7 @@ def flags(p, argv=None):
     """Adds the flags of every corpus to the parser, and parses."""
     p.add_argument('--out', required=True, help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokenizer', default='gpt2', help='gpt2 (default), another tiktoken encoding, bytes, or hf:DIR')
-    p.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizer processes (default: one for each core)')
+    p.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizer processes (default: one a core)')
     args = p.parse_args(argv)
     if not 0 < args.val <= 1:
         fail(f'--val {args.val} must be above 0, and at most 1')
@@ -59,22 +59,34 @@ def flags(p, argv=None):
 
 
 def find(c, seed):
-    """Paths or addresses of a corpus's files, sorted, or with a seed in random order. A local folder of another layout gives all it has."""
+    """
+    Paths or addresses of a corpus's files, sorted, or with a seed in random order. A local folder of another layout
+    gives all it has.
+    """
     try:
         import datasets  # noqa: F401 (brings what opens hf:// too)
         import fsspec
     except ImportError:
         fail('this corpus is read through the package datasets: pip install datasets')
     local = os.path.isdir(c.source)
+    url, patterns = f'hf://datasets/{c.source}', [c.files]
+    if local:
+        url, patterns = os.path.abspath(c.source), [c.files, '**/*.parquet', '**/*.jsonl*']
+    found = []
     try:
-        fs, root = fsspec.core.url_to_fs(os.path.abspath(c.source) if local else f'hf://datasets/{c.source}')
-        found = next(filter(None, (fs.glob(f'{root}/{p}') for p in [c.files] + ['**/*.parquet', '**/*.jsonl*'] * local)), [])
+        fs, root = fsspec.core.url_to_fs(url)
+        for pattern in patterns:
+            found = found or sorted(fs.glob(f'{root}/{pattern}'))
     except Exception as e:                           # each version of the hub's client has its own exceptions
-        fail(f'{c.source} is no folder here, and the hub cannot give it ({reason(e)}): check network and name, or name a local copy')
+        fail(f'{c.source} is no folder here, and the hub cannot give it ({reason(e)}): check network and name, '
+             'or name a local copy')
+    if not found and local:
+        fail(f'{c.source} has no files {c.files}, nor *.parquet or *.jsonl')
     if not found:
-        fail(f'{c.source} has no files {c.files}' + (', nor *.parquet or *.jsonl' if local else ': it has moved; name another one or a local copy'))
-    order = range(len(found)) if seed is None else np.random.default_rng(seed).permutation(len(found))
-    return [sorted(found)[i] if local else fs.unstrip_protocol(sorted(found)[i]) for i in order]
+        fail(f'{c.source} has no files {c.files}: it has moved; name another one or a local copy')
+    if seed is not None:
+        found = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+    return found if local else [fs.unstrip_protocol(file) for file in found]
 
 
 def reason(e):
@@ -82,7 +94,7 @@ def reason(e):
 
 
 def read(c, files, states):
-    """Yields (texts, states): a shard's documents, and where each lane stands after them. Goes on from `states`, if any."""
+    """Yields (texts, states): a shard's documents, and where each lane stands after them. Goes on from `states`."""
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -91,7 +103,10 @@ def read(c, files, states):
     kind = dict(path='parquet', columns=list(c.columns)) if parquet else dict(path='text')
     texts, n = [], 0
     try:
-        lanes = [datasets.load_dataset(**kind, data_files=files[i::c.lanes], split='train', streaming=True) for i in range(min(c.lanes, len(files)))]
+        lanes = []
+        for i in range(min(c.lanes, len(files))):
+            own = files[i::c.lanes]
+            lanes.append(datasets.load_dataset(**kind, data_files=own, split='train', streaming=True))
         for lane, state in zip(lanes, states or []):
             lane.load_state_dict(state)
         for rows in zip_longest(*lanes):
@@ -106,8 +121,8 @@ def read(c, files, states):
         if texts:
             yield texts, [lane.state_dict() for lane in lanes]
     except Exception as e:
-        fail(f'{c.source} cannot be read ({reason(e)}): it needs the fields {" and ".join(c.columns)}, and where it is gated `hf auth login`; '
-             'after a lost connection the same command goes on from here')
+        fail(f'{c.source} cannot be read ({reason(e)}): it needs the fields {" and ".join(c.columns)}, and where it is '
+             'gated `hf auth login`; after a lost connection the same command goes on from here')
 
 
 def follow():
@@ -117,14 +132,18 @@ def follow():
 
 
 def encode(file, tokenizer, val, texts, states):
-    """In a process of its own: writes a shard, its documents' ids one after another, where each ends, and which are for validation."""
+    """
+    In a process of its own: writes a shard, its documents' ids one after another, where each ends, and which are for
+    validation.
+    """
     tokenizer = tokenizer_of(tokenizer)
     raw = [t.encode(errors='replace') for t in texts]                    # half of a surrogate pair is no text
     # a hash of the text decides, so that no document is in both splits, nor a copy of it
     held = [int.from_bytes(hashlib.sha256(b).digest()[:6], 'big') < val * 2**48 for b in raw]
     docs = [np.array(tokenizer.encode(b.decode()), np.min_scalar_type(tokenizer.n_vocab)) for b in raw]
     with open(f'{file}.tmp', 'wb') as f:
-        np.savez(f, ids=np.concatenate(docs), ends=np.cumsum([len(d) for d in docs]), val=held, states=json.dumps(states))
+        ends = np.cumsum([len(doc) for doc in docs])
+        np.savez(f, ids=np.concatenate(docs), ends=ends, val=held, states=json.dumps(states))
         f.flush()
         os.fsync(f.fileno())
     os.replace(f'{file}.tmp', file)
@@ -132,7 +151,10 @@ def encode(file, tokenizer, val, texts, states):
 
 
 def shards(c, files, folder, args, pool):
-    """Yields the file of shard after shard, in order: those of an earlier run, then new ones, at most two ahead for each process."""
+    """
+    Yields the file of shard after shard, in order: those of an earlier run, then new ones, at most two ahead for each
+    process.
+    """
     k, states, waiting = 0, None, deque()
     while os.path.exists(f'{folder}/{k:06d}.npz'):
         yield f'{folder}/{k:06d}.npz'
@@ -151,19 +173,24 @@ def shards(c, files, folder, args, pool):
 
 def prepare(args, corpora):
     """
-    Writes args.out from {name: Corpus}, one after another: batches are drawn from the whole of train.bin, so their order
-    does not matter, and the shares hold to a document. args.tokens counts train.bin (val.bin where args.val is 1;
-    None: all there is); val.bin gets the documents for validation that come among these.
+    Writes args.out from {name: Corpus}, one after another: batches are drawn from the whole of train.bin, so their
+    order does not matter, and the shares hold to a document. args.tokens counts train.bin (val.bin where args.val is
+    1; None: all there is); val.bin gets the documents for validation that come among these.
     """
-    tokenizer, counted, sizes = tokenizer_of(args.tokenizer), 'val' if args.val == 1 else 'train', {}
-    files, folders = {name: find(c, args.seed) for name, c in corpora.items()}, {}
+    tokenizer = tokenizer_of(args.tokenizer)
+    counted = 'val' if args.val == 1 else 'train'
+    files = {name: find(c, args.seed) for name, c in corpora.items()}
+    folders, sizes = {}, {}
     # every token twice, less what a run before this one has written
     written = sum(map(os.path.getsize, glob(f'{args.out}/.shards/*/*') + glob(f'{args.out}/.*.tmp')))
     preflight(args.out, 2 * (args.tokens or 0) * np.min_scalar_type(tokenizer.n_vocab).itemsize - written)
-    for name, c in corpora.items():                  # shards of other flags or files are of no use: they have another folder
-        folders[name] = f'{args.out}/.shards/{hashlib.sha256(repr((name, args.tokenizer, args.val, files[name])).encode()).hexdigest()[:16]}'
+    for name, c in corpora.items():
+        # shards of other flags or files are of no use: they have another folder
+        key = repr((name, args.tokenizer, args.val, files[name]))
+        folders[name] = f'{args.out}/.shards/{hashlib.sha256(key.encode()).hexdigest()[:16]}'
         os.makedirs(folders[name], exist_ok=True)
-        print(f'{name}: {len(files[name])} files from {c.source}, {sum(f.endswith(".npz") for f in os.listdir(folders[name]))} shards are here already')
+        here = len(glob(f'{folders[name]}/*.npz'))
+        print(f'{name}: {len(files[name])} files from {c.source}, {here} shards are here already')
 
     def documents(split):
         for name, c in corpora.items():
@@ -181,13 +208,17 @@ def prepare(args, corpora):
                 if n[counted] >= want:
                     break
             if n[counted] < want < np.inf:
-                fail(f'{c.source} ends after {n[counted]:,} of {want:,.0f} tokens: the same command with a lower --tokens uses these')
+                fail(f'{c.source} ends after {n[counted]:,} of {want:,.0f} tokens: '
+                     'the same command with a lower --tokens uses these')
             sizes[name] = n
         if not sum(n[split] for n in sizes.values()):
             fail(f'no document for {split}.bin: give more --tokens or another --val')
     # spawned, not forked: `datasets` and arrow have threads
-    pool = ProcessPoolExecutor(max_workers=args.workers, mp_context=multiprocessing.get_context('spawn'), initializer=follow)
-    splits = dict(train=documents('train'), val=documents('val')) if args.val < 1 else dict(train=[], val=documents('val'))
+    spawn = multiprocessing.get_context('spawn')
+    pool = ProcessPoolExecutor(max_workers=args.workers, mp_context=spawn, initializer=follow)
+    splits = dict(train=documents('train'), val=documents('val'))
+    if args.val == 1:
+        splits['train'] = []
     try:
         with lock(f'{args.out}/.shards'), tqdm(total=args.tokens, unit=' tokens', unit_scale=True, disable=None) as bar:
             meta = write_data(args.out, tokenizer, splits, source=dict(files=files, tokens=sizes))
@@ -199,5 +230,8 @@ def prepare(args, corpora):
     shutil.rmtree(f'{args.out}/.shards')
     for split in splits:
         n = meta[split]['tokens']
-        print(f'{args.out}/{split}.bin: {n:,} tokens, {meta[split]["n_docs"]:,} documents, the longest {meta[split]["longest"]:,} tokens'
-              + ''.join(f', {size[split] / max(1, n):.4%} {name}' for name, size in sizes.items() if len(sizes) > 1))
+        said = f'{n:,} tokens, {meta[split]["n_docs"]:,} documents, the longest {meta[split]["longest"]:,} tokens'
+        if len(sizes) > 1:
+            for name, size in sizes.items():
+                said += f', {size[split] / max(1, n):.4%} {name}'
+        print(f'{args.out}/{split}.bin: {said}')

@@ -1,9 +1,11 @@
-"""
-Proof-pile (Azerbayev et al. 2022): the test set, 46 thousand mathematical texts, for perplexity at length. val.bin holds them, train.bin is empty.
+r"""
+Proof-pile (Azerbayev et al. 2022): the test set, 46 thousand mathematical texts, for perplexity at length. val.bin
+holds them, train.bin is empty.
 
     pip install datasets
-    python -m data.proof_pile.prepare --out data/proof_pile --tokenizer gpt2           # the tokenizer that the checkpoint was trained with
-    python extend.py --ckpt out/small --data data/proof_pile --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152
+    python -m data.proof_pile.prepare --out data/proof_pile --tokenizer gpt2       # the checkpoint's tokenizer
+    python extend.py --ckpt out/small --data data/proof_pile --method none \
+        --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152
 
 Open to all, no login. The file is read as it is: the data set's loading script no longer runs.
 """
@@ -15,7 +17,8 @@ def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--source', default='hoskinson-center/proof-pile', metavar='DIR_OR_NAME',
                    help='name on the hub, or a folder of parquet or jsonl files with a field text')
-    p.add_argument('--tokens', type=int, help='stop after the document that reaches this many (default: the whole test set)')
+    p.add_argument('--tokens', type=int,
+                   help='stop after the document that reaches this many (default: the whole test set)')
     p.set_defaults(val=1.0, seed=None)
     return flags(p, argv)
 

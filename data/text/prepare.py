@@ -1,9 +1,9 @@
 """
 Local text files as training or evaluation data, with any named tokenizer. One file is one document.
 
-    python -m data.text.prepare books --out data/books --tokenizer gpt2                  # one document in 20 for validation
-    python -m data.text.prepare books --val_files books/heldout --out data/books         # these for validation, all others for training
-    python -m data.text.prepare proofs --val 1 --out data/proofs --tokenizer gpt2        # evaluation only: train.bin is empty
+    python -m data.text.prepare books --out data/books --tokenizer gpt2              # one document in 20 for validation
+    python -m data.text.prepare books --val_files books/heldout --out data/books     # these for validation
+    python -m data.text.prepare proofs --val 1 --out data/proofs --tokenizer gpt2    # to measure with: no train.bin
 
 A folder gives every file in it and in its subfolders, except where a name begins with a dot or a subfolder is a link.
 Text is taken as it is, so it must be UTF-8; empty files are skipped. Memory holds one document at a time.
@@ -20,12 +20,15 @@ from data.tokens import write_data
 
 
 def find(paths):
-    """Files and folders -> {real path: name}, sorted within each folder; the name starts with the folder that was given."""
+    """Files and folders -> {real path: name}, sorted within each folder; a name starts with the folder given."""
+    def unreadable(e):
+        fail(f'{e.filename} cannot be read ({e.strerror})')
+
     found = {}                                       # by real path: a file that is reached twice is one document
     for path in paths:
         files = [path] if os.path.isfile(path) else []
         if os.path.isdir(path):
-            for folder, inside, names in os.walk(path, onerror=lambda e: fail(f'{e.filename} cannot be read ({e.strerror})')):
+            for folder, inside, names in os.walk(path, onerror=unreadable):
                 inside[:] = [d for d in inside if not d.startswith('.')]
                 files += [os.path.join(folder, n) for n in names if not n.startswith('.')]
         if not files:
@@ -54,8 +57,10 @@ def parse_args(argv=None):
     p.add_argument('--tokenizer', default='bytes', help='bytes (default), gpt2, cl100k_base, ... or hf:DIR')
     # split, always between documents
     split = p.add_mutually_exclusive_group()
-    split.add_argument('--val', type=float, default=0.05, help='share of the documents for validation (default 0.05), at least one; 1: all')
-    split.add_argument('--val_files', nargs='+', metavar='FILE_OR_FOLDER', default=[], help='the documents for validation; all others are for training')
+    split.add_argument('--val', type=float, default=0.05,
+                       help='share of the documents for validation (default 0.05), at least one; 1: all')
+    split.add_argument('--val_files', nargs='+', metavar='FILE_OR_FOLDER', default=[],
+                       help='the documents for validation; all others are for training')
     p.add_argument('--seed', type=int, default=0, help='which documents --val takes (default 0)')
     args = p.parse_args(argv)
     if not 0 < args.val <= 1:
@@ -79,12 +84,15 @@ def main(argv=None):
         val = set(order if args.val == 1 else order[:min(max(1, round(args.val * len(docs))), len(docs) - 1)])
     splits = {'train': [f for f in docs if f not in val], 'val': [f for f in docs if f in val]}
     if not splits['val'] or not splits['train'] and args.val < 1:
-        fail(f'no document is left for {"train" if splits["val"] else "val"} ({len(docs)} in all): give more files, or --val 1 for evaluation only')
+        empty = 'train' if splits['val'] else 'val'
+        fail(f'no document is left for {empty} ({len(docs)} in all): give more files, or --val 1 for evaluation only')
 
     def encode(split):
         for f in tqdm(splits[split], desc=split, unit='doc', disable=None):
             yield tokenizer.encode(read(f))
-    meta = write_data(args.out, tokenizer, {s: encode(s) for s in splits}, source={s: [docs[f] for f in splits[s]] for s in splits})
+    texts = {split: encode(split) for split in splits}
+    source = {split: [docs[f] for f in files] for split, files in splits.items()}
+    meta = write_data(args.out, tokenizer, texts, source=source)
     for s, files in splits.items():
         n = meta[s]['tokens']
         print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {meta[s]["longest"]:,} tokens, '
