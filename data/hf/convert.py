@@ -1,17 +1,18 @@
 """
 A Hugging Face folder of the Llama family becomes our checkpoint, and a checkpoint of ours becomes such a folder.
 
-    python -m data.hf.convert TinyLlama-1.1B out/tinyllama/ckpt.pt                # Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE
-    python -m data.hf.convert TinyLlama-NoPE-1.1B out/nope/ckpt.pt --pe nope      # the paper's own, whose config.json says Llama
-    python -m data.hf.convert out/nope/head-8192.pt export/nope-8k --dtype bf16   # for transformers, vLLM, lm-evaluation-harness
+    python -m data.hf.convert TinyLlama-1.1B out/tinyllama/ckpt.pt
+    python -m data.hf.convert TinyLlama-NoPE-1.1B out/nope/ckpt.pt --pe nope      # the paper's, whose config says Llama
+    python -m data.hf.convert out/nope/head-8192.pt export/nope-8k --dtype bf16   # for transformers, vLLM, lm_eval
 
-In: config.json with model.safetensors or pytorch_model.bin, whole or in shards. Weights keep their own precision until a
-script opens them in fp32. block_size is the length before any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE).
-A tied head becomes a matrix of its own. Frequencies here do not change with the length of the input, so two scalings are
-frozen: `dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
-Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied into
-q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds (QK-norm,
-LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
+In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE; config.json with model.safetensors or pytorch_model.bin,
+whole or in shards. Weights keep their own precision until a script opens them in fp32. block_size is the length before
+any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head becomes a matrix of its own. Frequencies
+here do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
+max_position_embeddings tokens, `longrope` at its long_factor.
+Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied
+into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
+(QK-norm, LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
 import json
 import math
@@ -28,21 +29,33 @@ from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
-SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads', n_kv_head='num_key_value_heads',
-             n_embd='hidden_size', n_inner='intermediate_size')
+SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
+             n_kv_head='num_key_value_heads', n_embd='hidden_size', n_inner='intermediate_size')
 # fields that would make it another network, and the values that do not; the first stands for a missing one
-PLAIN = dict(model_type=(None, *ARCHITECTURE), architectures=(None, *([a] for a in ARCHITECTURE.values())), hidden_act=('silu',), attention_bias=(False,),
-             mlp_bias=(False,), partial_rotary_factor=(1, None), quantization_config=(None,), beta_fast=(32, None), beta_slow=(1, None),
-             truncate=(True, None), mscale=(None,), mscale_all_dim=(None,))
-TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
-             'chat_template.jinja', 'generation_config.json')
+PLAIN = dict(
+    model_type=(None, 'llama', 'smollm3'), architectures=(None, ['LlamaForCausalLM'], ['SmolLM3ForCausalLM']),
+    hidden_act=('silu',), attention_bias=(False,), mlp_bias=(False,), quantization_config=(None,),
+    # of RoPE and its scaling
+    partial_rotary_factor=(1, None), beta_fast=(32, None), beta_slow=(1, None), truncate=(True, None), mscale=(None,),
+    mscale_all_dim=(None,))
+TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json',
+             'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'generation_config.json')
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+HF_NAMES = dict(blocks='layers', attn='self_attn', attn_norm='input_layernorm', mlp_norm='post_attention_layernorm',
+                embed='embed_tokens')
 
 
 def hf_name(name):
     """blocks.0.attn_norm.weight -> model.layers.0.input_layernorm.weight; the projections have the same names."""
-    names = dict(blocks='layers', attn='self_attn', attn_norm='input_layernorm', mlp_norm='post_attention_layernorm', embed='embed_tokens')
-    return name if name.startswith('lm_head') else '.'.join(['model'] + [names.get(part, part) for part in name.split('.')])
+    if name.startswith('lm_head'):
+        return name
+    return '.'.join(['model'] + [HF_NAMES.get(part, part) for part in name.split('.')])
+
+
+def one_line(e):
+    return str(e).partition('\n')[0]
 
 
 def read_json(file):
@@ -50,7 +63,7 @@ def read_json(file):
         with open(file) as f:
             return dict(json.load(f))
     except (OSError, ValueError, TypeError) as e:
-        fail(f'{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}): download it again')
+        fail(f'{file} cannot be read ({type(e).__name__}: {one_line(e)}): download it again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,10 +72,12 @@ def read_json(file):
 def read_scaling(c, rope, longest):
     """
     rope_scaling or rope_parameters of a config.json -> (hs/2 inverse frequencies, None where rope_theta gives them;
-    temperature on the scores). c: the GPTConfig without scaling; longest: max_position_embeddings, in tokens. The kinds are
-    those of transformers' modeling_rope_utils. KeyError, TypeError, ValueError or ArithmeticError for what makes no sense.
+    temperature on the scores). c: the GPTConfig without scaling; longest: max_position_embeddings, in tokens. The kinds
+    are those of transformers' modeling_rope_utils. KeyError, TypeError, ValueError or ArithmeticError for what makes no
+    sense.
     """
-    kind, L, trained = rope.get('rope_type', rope.get('type', 'default')), c.block_size, rope_frequencies(c)
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    L, trained = c.block_size, rope_frequencies(c)
     factor = rope.get('factor') or longest / L
     if kind == 'default':
         return None, 1.0
@@ -72,35 +87,45 @@ def read_scaling(c, rope, longest):
         return ntk(c, (factor * factor - factor + 1) * L)
     if kind == 'yarn':
         freq, lam = yarn(c, factor * L)
-        return freq, lam if rope.get('attention_factor') is None else rope['attention_factor'] ** 2      # it multiplies q and k
+        if rope.get('attention_factor') is not None:
+            lam = rope['attention_factor'] ** 2      # it multiplies q and k
+        return freq, lam
     if kind == 'longrope':
         on_each = rope.get('attention_factor') or math.sqrt(1 + math.log(max(1, factor)) / math.log(L))
         return [f / r for f, r in zip(trained, rope['long_factor'], strict=True)], on_each ** 2
-    if kind == 'llama3':                             # kept, divided by factor, or between the two, by the turns that fit into L
+    if kind == 'llama3':     # a frequency is kept, divided by factor, or between the two, by the turns that fit into L
         low, high = rope['low_freq_factor'], rope['high_freq_factor']
-        keep = [min(1, max(0, (L * f / (2 * math.pi) - low) / (high - low))) for f in trained]
-        return [f * (k + (1 - k) / factor) for f, k in zip(trained, keep)], 1.0
+        freq = []
+        for f in trained:
+            turns = L * f / (2 * math.pi)
+            keep = min(1, max(0, (turns - low) / (high - low)))
+            freq.append(f * (keep + (1 - keep) / factor))
+        return freq, 1.0
     raise ValueError(f'rope_type {kind!r} is unknown')
 
 
 def write_scaling(c, longest):
     """
-    The inverse, for use up to `longest` tokens: -> (rope_theta, rope_scaling or None, the temperature that comes with it).
+    The inverse, up to `longest` tokens: -> (rope_theta, rope_scaling or None, the temperature that goes with it).
     Takes the first kind that is read back as these frequencies; longrope can name any.
     """
     trained, d, L = rope_frequencies(c), c.n_embd // c.n_head, dict(original_max_position_embeddings=c.block_size)
     freq = c.rope_inv_freq or trained
     tries = [(c.rope_theta, {}), (freq[-1] ** (-d / max(1, d - 2)), {})]         # NTK is another base
-    for s in (longest / c.block_size, round(trained[-1] / freq[-1], 9)):         # what extend.py was asked for, or what is seen
-        tries += [(c.rope_theta, dict(rope_type=kind, factor=s, **more)) for kind, more in (
-            ('linear', {}), ('yarn', L), ('llama3', dict(L, low_freq_factor=1.0, high_freq_factor=4.0)))]
+    asked, seen = longest / c.block_size, round(trained[-1] / freq[-1], 9)       # what extend.py was asked for, or did
+    for s in asked, seen:
+        for rope in (dict(rope_type='linear', factor=s), dict(rope_type='yarn', factor=s, **L),
+                     dict(rope_type='llama3', factor=s, **L, low_freq_factor=1.0, high_freq_factor=4.0)):
+            tries.append((c.rope_theta, rope))
     r = [t / f for t, f in zip(trained, freq)]
-    tries += [(c.rope_theta, dict(rope_type='longrope', factor=longest / c.block_size, **L, short_factor=r, long_factor=r, attention_factor=1.0,
-                                  short_mscale=1.0, long_mscale=1.0))]           # vLLM's names for attention_factor
+    # vLLM calls attention_factor short_mscale and long_mscale
+    tries.append((c.rope_theta, dict(rope_type='longrope', factor=asked, **L, short_factor=r, long_factor=r,
+                                     attention_factor=1.0, short_mscale=1.0, long_mscale=1.0)))
     for theta, rope in tries:
         plain = replace(c, rope_theta=theta, rope_inv_freq=None)
         got, lam = read_scaling(plain, rope, longest)
-        if all(math.isclose(a, b, rel_tol=2e-7) for a, b in zip(freq, got or rope_frequencies(plain))):    # fp32 has no more
+        got = got or rope_frequencies(plain)
+        if all(math.isclose(a, b, rel_tol=2e-7) for a, b in zip(freq, got)):     # fp32 has no more
             return theta, rope or None, lam
 
 
@@ -108,34 +133,48 @@ def write_scaling(c, longest):
 # in
 
 def read_config(folder, pe):
-    """config.json -> (GPTConfig, temperature, max_position_embeddings, is the head tied). pe: 'nope', or None as configured."""
+    """config.json -> (GPTConfig, temperature, longest length, is the head tied?). pe: 'nope', None: as there."""
     file = f'{folder}/config.json'
     config = read_json(file)
     rope = config.get('rope_scaling') or config.get('rope_parameters') or {}     # before and since transformers 5
     try:
         for field, fine in PLAIN.items():
-            if (value := {**config, **rope}.get(field, fine[0])) not in fine:
+            value = {**config, **rope}.get(field, fine[0])
+            if value not in fine:
                 fail(f'{file}: {field} {value!r} has no counterpart here (only {" or ".join(map(repr, fine))})')
         if any(isinstance(v, dict) for v in rope.values()):
             fail(f'{file}: rope_parameters differ between layers; here they are the same in all')
-        if config.get('use_sliding_window') and config.get('sliding_window') or set(config.get('layer_types') or ()) - {'full_attention'}:
-            fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); here every token sees all before it')
+        slides = config.get('use_sliding_window') and config.get('sliding_window')
+        if slides or set(config.get('layer_types') or ()) - {'full_attention'}:
+            fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); '
+                 'here every token sees all before it')
         if config.get('head_dim') not in (None, config['hidden_size'] / config['num_attention_heads']):
-            fail(f'{file}: head_dim {config["head_dim"]} is not hidden_size / num_attention_heads, the only head size here')
-        smollm3, n, every = config.get('model_type') == 'smollm3', config['num_hidden_layers'], config.get('no_rope_layer_interval', 4)
-        layers = (config.get('no_rope_layers') or [int((i + 1) % every > 0) for i in range(n)])[:n] if smollm3 else [1]      # 1: with RoPE
-        if not pe and len(set(layers)) > 1:
-            fail(f'{file}: no_rope_layers mixes layers with and without RoPE; here all are alike (--pe nope drops it everywhere)')
+            fail(f'{file}: head_dim {config["head_dim"]} is not hidden_size / num_attention_heads, '
+                 'the only head size here')
+        smollm3 = config.get('model_type') == 'smollm3'
+        with_rope = [1]                              # of each layer, as far as they differ: 1 with RoPE, 0 without
+        if smollm3:
+            n, every = config['num_hidden_layers'], config.get('no_rope_layer_interval', 4)
+            with_rope = config.get('no_rope_layers') or [int((i + 1) % every > 0) for i in range(n)]
+            with_rope = with_rope[:n]
+        if not pe and len(set(with_rope)) > 1:
+            fail(f'{file}: no_rope_layers mixes layers with and without RoPE; here all are alike '
+                 '(--pe nope drops it everywhere)')
         config['num_key_value_heads'] = config.get('num_key_value_heads') or config['num_attention_heads']
         longest = config['max_position_embeddings']
         shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
-        shape['block_size'] = config.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or longest
+        original = 'original_max_position_embeddings'
+        shape['block_size'] = config.get(original) or rope.get(original) or longest
         for name, value in {'max_position_embeddings': longest, **shape}.items():
             if not isinstance(value, int):
                 fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
         theta = rope.get('rope_theta') or config.get('rope_theta') or (2e6 if smollm3 else 1e4)
-        c = GPTConfig(**shape, pe=pe or ('rope' if layers[0] else 'nope'), norm_eps=float(config.get('rms_norm_eps', 1e-6)), rope_theta=float(theta))
-        freq, lam = read_scaling(c, rope, longest) if c.pe == 'rope' else (None, 1.0)
+        as_configured = 'rope' if with_rope[0] else 'nope'
+        c = GPTConfig(**shape, pe=pe or as_configured, norm_eps=float(config.get('rms_norm_eps', 1e-6)),
+                      rope_theta=float(theta))
+        freq, lam = None, 1.0
+        if c.pe == 'rope':
+            freq, lam = read_scaling(c, rope, longest)
         return replace(c, rope_inv_freq=freq), float(lam), longest, config.get('tie_word_embeddings', smollm3)
     except KeyError as e:
         fail(f'{file} lacks {e.args[0]}')
@@ -149,7 +188,8 @@ def weight_files(folder):
         if os.path.exists(f'{folder}/{name}'):
             return [f'{folder}/{name}']
         if os.path.exists(f'{folder}/{name}.index.json'):
-            files = sorted({f'{folder}/{f}' for f in dict(read_json(f'{folder}/{name}.index.json').get('weight_map') or {}).values()})
+            shard_of = dict(read_json(f'{folder}/{name}.index.json').get('weight_map') or {})
+            files = sorted({f'{folder}/{f}' for f in shard_of.values()})
             for f in files:
                 if not os.path.isfile(f):
                     fail(f'{f} is missing, but {name}.index.json names it: download it again')
@@ -163,24 +203,28 @@ def weights(file):
         if file.endswith('.safetensors'):
             from safetensors import safe_open
             with safe_open(file, 'pt') as f:
-                for k in f.keys():
+                for k in f.keys():                   # noqa: SIM118 (it is no dict)
                     yield k, f.get_tensor(k)
         else:
             zipped = zipfile.is_zipfile(file)        # before torch 1.6 it was a bare pickle, which cannot be mapped
-            if zipped and (bad := zipfile.ZipFile(file).testzip()):      # torch.load does not look at the checksums
+            bad = zipfile.ZipFile(file).testzip() if zipped else None    # torch.load does not look at the checksums
+            if bad:
                 fail(f'{file} is damaged (checksum of {bad}): download it again')
             yield from torch.load(file, map_location='cpu', weights_only=True, mmap=zipped).items()
     except ImportError:
         fail(f'{file} needs safetensors: pip install safetensors')
     except Exception as e:                           # every kind of damage has its own
-        what = 'would run code when loaded: get it as safetensors'
-        fail(f'{file} ' + (what if 'weights_only' in str(e).lower() else f'is no whole file of weights ({type(e).__name__}): download it again'))
+        if 'weights_only' in str(e).lower():
+            fail(f'{file} would run code when loaded: get it as safetensors')
+        fail(f'{file} is no whole file of weights ({type(e).__name__}): download it again')
 
 
 def read(folder, out, pe):
     """A Hugging Face folder -> the checkpoint file `out`."""
-    if not out.endswith('.pt') or os.path.exists(out):
-        fail(f'{out} ' + ('exists already: remove it, or choose another name' if out.endswith('.pt') else 'must be a file name like out/name/ckpt.pt'))
+    if not out.endswith('.pt'):
+        fail(f'{out} must be a file name like out/name/ckpt.pt')
+    if os.path.exists(out):
+        fail(f'{out} exists already: remove it, or choose another name')
     c, lam, longest, tied = read_config(folder, pe)
     files, model = weight_files(folder), {}
     with torch.device('meta'):                       # names and shapes only
@@ -196,34 +240,43 @@ def read(folder, out, pe):
                 fail(f'{file}: weight {name} has no counterpart here')
             shape = want[ours[name]]
             if not torch.is_tensor(w) or w.dtype not in DTYPES.values() or w.shape != shape:
-                found = f'{str(w.dtype)[6:]} {tuple(w.shape)}' if torch.is_tensor(w) else type(w).__name__
-                fail(f'{file}: weight {name} is {found}, not {tuple(shape)} in {", ".join(DTYPES)}: it does not belong to this config.json')
+                found = type(w).__name__
+                if torch.is_tensor(w):
+                    found = f'{str(w.dtype).removeprefix("torch.")} {tuple(w.shape)}'
+                fail(f'{file}: weight {name} is {found}, not {tuple(shape)} in {", ".join(DTYPES)}: '
+                     'it does not belong to this config.json')
             model[ours[name]] = w
     if tied and 'embed.weight' in model:
         model.setdefault('lm_head.weight', model['embed.weight'])        # in the file they stay one
-    if missing := [name for name, k in ours.items() if k not in model]:
-        fail(f'{folder} lacks {len(missing)} weights, {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""}: download it again')
+    missing = [name for name, k in ours.items() if k not in model]
+    if missing:
+        more = ' ...' if len(missing) > 3 else ''
+        fail(f'{folder} lacks {len(missing)} weights, {", ".join(missing[:3])}{more}: download it again')
     for i in range(c.n_layer):
-        model[f'blocks.{i}.attn.scale'], model[f'blocks.{i}.attn.slope'] = torch.full((c.n_head,), lam), torch.zeros(c.n_head)
+        model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), lam)
+        model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
     # args: what train.py --init_from looks for (whose recipe), and the length that it was made for
     args = dict(preset='tinyllama', length=longest, init_from=folder)
-    save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0, seed=0, args=args, fingerprint=None,
-                                 tokenizer=f'hf:{folder}', extended=None))
-    print(f'{out}: pe={c.pe}, {c.n_layer} layers, {sum(math.prod(s) for s in want.values()):,} parameters, training length {c.block_size}'
-          + (', scaled RoPE' if c.rope_inv_freq else '') + f', tokenizer hf:{folder}')
+    save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0,
+                              seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}', extended=None))
+    parameters = sum(math.prod(s) for s in want.values())
+    scaled = ', scaled RoPE' if c.rope_inv_freq else ''
+    print(f'{out}: pe={c.pe}, {c.n_layer} layers, {parameters:,} parameters, training length {c.block_size}{scaled}, '
+          f'tokenizer hf:{folder}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # out
 
 def special_ids(tokenizer, vocab_size):
-    """The ids for config.json: those of the folder that the tokenizer came in, or the one that begins and so ends a document."""
+    """The ids for config.json: those of the tokenizer's folder, or the one that begins and so ends a document."""
     folder, ids = tokenizer.removeprefix('hf:'), dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if tokenizer.startswith('hf:') and not os.path.isdir(folder):
         print(f'note: {folder} is not there any more, so no tokenizer goes along')
     elif tokenizer.startswith('hf:') and os.path.exists(f'{folder}/config.json'):
         ids.update({k: v for k, v in read_json(f'{folder}/config.json').items() if k in ids})
-        if not 0 <= (ids['pad_token_id'] or 0) < vocab_size:     # -1 is seen; with an id outside the vocabulary no model is built
+        # -1 is seen; with an id outside the vocabulary no model is built
+        if not 0 <= (ids['pad_token_id'] or 0) < vocab_size:
             ids['pad_token_id'] = None
     else:
         ids['bos_token_id'] = ids['eos_token_id'] = get_tokenizer(tokenizer).bos
@@ -232,7 +285,8 @@ def special_ids(tokenizer, vocab_size):
 
 def longest(ckpt):
     """Tokens: the longest length that a checkpoint was trained or extended to."""
-    return max(ckpt['config']['block_size'], ckpt['args'].get('length') or 0, (ckpt.get('extended') or {}).get('length') or 0)
+    extended = ckpt.get('extended') or {}
+    return max(ckpt['config']['block_size'], ckpt['args'].get('length') or 0, extended.get('length') or 0)
 
 
 def write(ckpt, folder, dtype):
@@ -249,23 +303,30 @@ def write(ckpt, folder, dtype):
         fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
     n, sloped = longest(ckpt), any(model[k].any() for k in model if k.endswith('.slope'))
     if sloped and n <= c.block_size:
-        fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to be frozen at: convert the one that extend.py wrote')
+        fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to '
+             'be frozen at: convert the one that extend.py wrote')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
         from safetensors.torch import save_file
     except ImportError:
         fail('writing model.safetensors needs safetensors: pip install safetensors')
-    kind, tied, lam = 'llama' if c.pe == 'rope' else 'smollm3', torch.equal(model['embed.weight'], model['lm_head.weight']), 1.0
-    config = dict(architectures=[ARCHITECTURE[kind]], model_type=kind, **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}, hidden_act='silu',
-                  attention_bias=False, mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
-                  rope_theta=c.rope_theta, torch_dtype=str(DTYPES[dtype])[6:], **special_ids(ckpt['tokenizer'], c.vocab_size))
+    kind = 'llama' if c.pe == 'rope' else 'smollm3'
+    tied = torch.equal(model['embed.weight'], model['lm_head.weight'])
+    shape = {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}
+    config = dict(
+        architectures=[ARCHITECTURE[kind]], model_type=kind, **shape, hidden_act='silu', attention_bias=False,
+        mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
+        rope_theta=c.rope_theta, torch_dtype=str(DTYPES[dtype]).removeprefix('torch.'),
+        **special_ids(ckpt['tokenizer'], c.vocab_size))
+    lam = 1.0                                        # the temperature that comes with RoPE's scaling
     if n > c.block_size:
         config['original_max_position_embeddings'] = c.block_size
     if c.pe == 'rope':                               # the older names, which all versions read
         config['rope_theta'], config['rope_scaling'], lam = write_scaling(c, n)
     else:                                            # 0 is without RoPE
-        config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
+        config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer,
+                      use_sliding_window=False, sliding_window=None)
     preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
 
     scale, state = {}, {}
@@ -276,29 +337,34 @@ def write(ckpt, folder, dtype):
                 scale[k] = scale[k] * model[k.replace('scale', 'gain')]
     for k in list(model):
         w = model.pop(k)                             # one copy at a time
-        if k.endswith(('.scale', '.slope', '.gain')) or k.startswith('pos_') or tied and k == 'lm_head.weight':
+        if k.endswith(('.scale', '.slope', '.gain')) or k.startswith('pos_') or (tied and k == 'lm_head.weight'):
             continue
-        if k.endswith('q_proj.weight'):
+        if k.endswith('q_proj.weight'):              # 1.0 changes no bit
             fold = scale[k.replace('q_proj.weight', 'scale')] / torch.tensor(lam)                # (nh,), fp32
-            w = (w.float().view(c.n_head, -1, c.n_embd) * fold[:, None, None]).view(w.shape)     # by 1.0 it is the identity, bit for bit
+            w = (w.float().view(c.n_head, -1, c.n_embd) * fold[:, None, None]).view(w.shape)
         state[hf_name(k)] = w.to(DTYPES[dtype]).contiguous()
-    source, tmp = ckpt['tokenizer'].removeprefix('hf:'), os.path.join(os.path.dirname(folder), f'.{os.path.basename(folder)}.tmp')
+    tmp = os.path.join(os.path.dirname(folder), f'.{os.path.basename(folder)}.tmp')
     try:
         shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
         os.mkdir(tmp)
-        for name in TOKENIZER if ckpt['tokenizer'].startswith('hf:') else ():
-            if os.path.isfile(f'{source}/{name}'):
+        source = ckpt['tokenizer'].removeprefix('hf:')
+        for name in TOKENIZER:
+            if ckpt['tokenizer'].startswith('hf:') and os.path.isfile(f'{source}/{name}'):
                 shutil.copyfile(f'{source}/{name}', f'{tmp}/{name}')
         save_file(state, f'{tmp}/model.safetensors', metadata={'format': 'pt'})
         with open(f'{tmp}/config.json', 'w') as f:
             json.dump(config, f, indent=2)
         os.replace(tmp, folder)
     except Exception as e:                           # safetensors has errors of its own
-        fail(f'could not write {folder} ({str(e).partition(chr(10))[0]}): free some space or choose another folder')
+        fail(f'could not write {folder} ({one_line(e)}): free some space or choose another folder')
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing is there any more but after a failure
-    print(f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
-          + (f', RoPE {config["rope_scaling"]["rope_type"]}' if config.get('rope_scaling') else '') + (f'; temperatures as they are at {n} tokens, at every length' if sloped else ''))
+    said = f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
+    if config.get('rope_scaling'):
+        said += f', RoPE {config["rope_scaling"]["rope_type"]}'
+    if sloped:
+        said += f'; temperatures as they are at {n} tokens, at every length'
+    print(said)
 
 
 def parse_args(argv=None):
@@ -320,7 +386,8 @@ def main(argv=None):
         if args.pe:
             fail('--pe is for reading a Hugging Face folder; to drop RoPE from a checkpoint: train.py --init_from')
         if not find_checkpoint(args.source):
-            fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR gets one) nor a checkpoint')
+            fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR '
+                 'gets one) nor a checkpoint')
         write(load_checkpoint(args.source), args.out, args.dtype or 'fp32')
 
 

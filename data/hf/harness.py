@@ -1,15 +1,17 @@
-"""
+r"""
 lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (QK-norm, n-hat, other encodings),
 and for prompts that must be cut in the middle, as LongBench's (its own backend for transformers cuts them on the left).
 
     python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-log-8192.pt --tasks piqa,openbookqa
-    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,max_length=8192 --tasks longbench
-    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-8192.pt,tokenizer=TinyLlama-NoPE-1.1B --tasks niah_single_1 --metadata '{"max_seq_lengths": [2048, 4096, 8000]}'
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head.pt,max_length=8192 --tasks longbench
+    python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head.pt,tokenizer=TinyLlama-NoPE-1.1B \
+        --tasks niah_single_1 --metadata '{"max_seq_lengths": [2048, 4096, 8000]}'
 
-The command line is lm_eval's own (on a machine without a GPU add --device cpu). model_args: ckpt; max_length (tokens; default the length that it was trained or extended
-to); tokenizer (a folder, for tasks that build their prompts with it; default the checkpoint's own); add_bos_token (default
-True: rows begin with BOS in training); truncation_side (left, middle or right; default middle); dtype. Decoding is greedy
-and one prompt at a time; --batch_size is for scoring. One process.
+The command line is lm_eval's own (on a machine without a GPU add --device cpu). model_args: ckpt; max_length (tokens;
+default the length that it was trained or extended to); tokenizer (a folder, for tasks that build their prompts with it;
+default the checkpoint's own); add_bos_token (default True: rows begin with BOS in training); truncation_side (left,
+middle or right; default middle); dtype. Decoding is greedy and one prompt at a time; --batch_size is for scoring. One
+process.
 """
 from itertools import groupby
 from types import SimpleNamespace
@@ -19,16 +21,21 @@ from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from data.checkpoint import check_fits, frozen, load_checkpoint, load_model
+from data.hf.convert import longest, special_ids
 from data.runtime import fail, setup
 from data.tokenizer import get_tokenizer
-from data.hf.convert import longest, special_ids
 from model import DECODING, KVCache
 
 try:
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text, truncate_tokens
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+        truncate_tokens,
+    )
 except ImportError as e:
     fail(f'data.hf.harness needs lm-evaluation-harness ({e}): pip install lm-eval')
 
@@ -36,15 +43,17 @@ except ImportError as e:
 @register_model('nanonope')
 class NanoNoPE(TemplateLM):
 
-    def __init__(self, ckpt=None, max_length=None, tokenizer=None, add_bos_token=True, truncation_side='middle', dtype='auto',
-                 batch_size=1, max_batch_size=None, device=None, **unknown):
+    def __init__(self, ckpt=None, max_length=None, tokenizer=None, add_bos_token=True, truncation_side='middle',
+                 dtype='auto', batch_size=1, max_batch_size=None, device=None, **unknown):
         super().__init__()
         if unknown or not ckpt:
-            fail(f'model_args: {", ".join(unknown) + " unknown" if unknown else "no ckpt"}; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
+            wrong = ', '.join(unknown) + ' unknown' if unknown else 'no ckpt'
+            fail(f'model_args: {wrong}; there are ckpt, max_length, tokenizer, add_bos_token, truncation_side, dtype')
         if not all(str(n).isdigit() and int(n) > 0 for n in (batch_size, max_length or 1)):
             fail(f'max_length={max_length} and --batch_size {batch_size} must be whole numbers above 0')
         if truncation_side not in ('left', 'middle', 'right') or dtype not in ('auto', 'bf16', 'fp32'):
-            fail(f'model_args: truncation_side={truncation_side} (left, middle or right), dtype={dtype} (auto, bf16 or fp32)')
+            fail(f'model_args: truncation_side={truncation_side} (left, middle or right), '
+                 f'dtype={dtype} (auto, bf16 or fp32)')
         self.env = setup(SimpleNamespace(device=device or 'auto', dtype=dtype, seed=0))
         if self.env.world > 1:
             fail('data.hf.harness is one process: start it without torchrun')
@@ -52,11 +61,14 @@ class NanoNoPE(TemplateLM):
         self.model = frozen(load_model(ckpt), self.env)
         self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
-        self.tok, ids = get_tokenizer(name), special_ids(name, self.model.config.vocab_size).values()
-        self.ends = {self.tok.eos, *(i for v in ids for i in (v if isinstance(v, list) else [v]))}       # Llama 3 has several
+        self.tok = get_tokenizer(name)
+        self.ends = {self.tok.eos}                   # ids that end a text
+        for ids in special_ids(name, self.model.config.vocab_size).values():
+            self.ends.update(ids if isinstance(ids, list) else [ids])            # Llama 3 has several
         self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
-        check_fits(self.model.config, dict(vocab_size=self.tok.n_vocab, tokenizer=name), 'the tokenizer', [self.max_length])
+        meta = dict(vocab_size=self.tok.n_vocab, tokenizer=name)
+        check_fits(self.model.config, meta, 'the tokenizer', [self.max_length])
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
     tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
@@ -74,14 +86,21 @@ class NanoNoPE(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        """[(_, context ids, continuation ids)] -> [(log-probability of the continuation in nats, is it the greedy one)]."""
-        ids = [self.anchor(context + continuation, self.max_length + 1, 'left') for _, context, continuation in requests]
-        out, order = [None] * len(ids), sorted(range(len(ids)), key=lambda i: -len(ids[i]))      # the longest first: memory shows at once
+        """[(_, context ids, continuation ids)] -> [(its log-probability in nats, is it the greedy one)]."""
+        ids = []
+        for _, context, continuation in requests:
+            ids.append(self.anchor(context + continuation, self.max_length + 1, 'left'))
+        out = [None] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))      # the longest first: memory shows at once
+        batches = []
         # with slopes the length is part of the temperature, and nothing may pad
-        groups = [list(g) for _, g in groupby(order, key=lambda i: len(ids[i]) * self.sloped)]
-        for batch in tqdm([g[at:at + self.batch_size] for g in groups for at in range(0, len(g), self.batch_size)], disable=disable_tqdm):
+        for _, group in groupby(order, key=lambda i: len(ids[i]) * self.sloped):
+            group = list(group)
+            batches += [group[at:at + self.batch_size] for at in range(0, len(group), self.batch_size)]
+        for batch in tqdm(batches, disable=disable_tqdm):
             T = len(ids[batch[0]]) - 1
-            x = torch.tensor([ids[i][:-1] + [0] * (T + 1 - len(ids[i])) for i in batch], device=self.env.device)     # what pads stands where nothing looks
+            rows = [ids[i][:-1] + [0] * (T + 1 - len(ids[i])) for i in batch]    # what pads stands where nothing looks
+            x = torch.tensor(rows, device=self.env.device)
             n = [min(len(requests[i][2]), len(ids[i]) - 1) for i in batch]
             first = min(len(ids[i]) - 1 - k for i, k in zip(batch, n))
             with self.env.autocast():
@@ -95,31 +114,35 @@ class NanoNoPE(TemplateLM):
 
     @torch.inference_mode()
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """[(text,)] -> [its log-probability], in windows of max_length that overlap only where the last would be short."""
+        """[(text,)] -> [its log-probability], in windows of max_length that overlap only if the last would be short."""
         out = []
         for r in tqdm(requests, disable=disable_tqdm):
-            windows = utils.get_rolling_token_windows(self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length, context_len=1)
+            windows = utils.get_rolling_token_windows(self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length,
+                                                      context_len=1)
             total = 0.0
             for context, continuation in map(utils.make_disjoint_window, windows):
                 ids = torch.tensor([context + continuation], device=self.env.device)
+                n = len(continuation)
                 with self.env.autocast():            # with targets, so that no T x V logits stand in memory
-                    total -= self.model(ids[:, :-1], ids[:, -len(continuation):], rows=slice(-len(continuation), None))[1].item() * len(continuation)
+                    loss = self.model(ids[:, :-1], ids[:, -n:], rows=slice(-n, None))[1]
+                total -= loss.item() * n
             out.append(total)
             self.cache_hook.add_partial('loglikelihood_rolling', r.args, total)
         return out
 
     @torch.inference_mode()
     def generate_until(self, requests, disable_tqdm=False):
-        """[(prompt, its settings)] -> [text up to a stop sequence, the end of a document or max_gen_toks tokens], greedy."""
+        """[(prompt, its settings)] -> [text up to a stop sequence, the end of a document or max_gen_toks], greedy."""
         out, cut = [], 0
         for context, asked in tqdm([r.args for r in requests], disable=disable_tqdm):
             settings = normalize_gen_kwargs(asked)
             if settings['do_sample'] or settings.get('num_beams', 1) > 1:
                 fail('data.hf.harness decodes greedily: neither do_sample nor num_beams')
             until = [s for s in handle_stop_sequences(settings['until'], eos=None) if s]
-            if settings['max_gen_toks'] >= self.max_length:
-                fail(f'max_length={self.max_length} has no room for a prompt beside the {settings["max_gen_toks"]} tokens that the task generates')
             n = settings['max_gen_toks']
+            if n >= self.max_length:
+                fail(f'max_length={self.max_length} has no room for a prompt beside the {n} tokens that the task '
+                     'generates')
             whole = self.tok_encode(context)
             ids = self.anchor(whole, self.max_length - n, self.side)
             cut += len(ids) < len(whole)
@@ -135,7 +158,8 @@ class NanoNoPE(TemplateLM):
             out.append(postprocess_generated_text(text, until, None))
             self.cache_hook.add_partial('generate_until', (context, asked), out[-1])
         if cut:
-            print(f'note: {cut} of {len(requests)} prompts were cut ({self.side}) to max_length={self.max_length} less what is generated')
+            print(f'note: {cut} of {len(requests)} prompts were cut ({self.side}) to max_length={self.max_length} '
+                  'less what is generated')
         return out
 
 
