@@ -2,7 +2,7 @@
 The network of nanoNoPE, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied)
 with a switch for the position encoding and one attention temperature for each head.
 
-    model = GPT(GPTConfig(vocab_size=101, pe='nope', **PRESETS['tiny']))
+    model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
     logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
     _, loss = model(idx, targets)       # mean cross-entropy in nats; the logits are never whole in memory
     idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')

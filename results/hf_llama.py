@@ -2,7 +2,7 @@
 A plain training loop around the Llama of Hugging Face's transformers, to be raced by bench.py, which starts it by its
 path. It uses nothing of this project, and prints the time of each step in the words of nanoGPT.
 
-    python results/hf_llama.py --data data/passkey/train.bin --device cpu --dtype fp32 --vocab 101 \
+    python results/hf_llama.py --data data/passkey/train.bin --device cpu --dtype fp32 --vocab 68 \
         --layers 4 --heads 4 --width 128 --inner 336 --rows 16 --length 256 --steps 30
 """
 import argparse

@@ -386,7 +386,7 @@ def bad_data(case, rng, out):
         bin.write_bytes(bin.read_bytes()[:-rng.randrange(1, 100)])
     elif kind == 1:
         ids = np.fromfile(bin, np.uint16)
-        ids[rng.randrange(len(ids))] = rng.randrange(101, 2**16)
+        ids[rng.randrange(len(ids))] = rng.randrange(68, 2**16)
         ids.tofile(bin)
     elif kind == 2:
         meta.write_text(meta.read_text().replace('uint16', rng.choice(('uint32', 'uint8', 'float', 'words'))))

@@ -288,7 +288,8 @@ def heads(model, what='scale'):
 
 def write_corpus(out, tokens=40_000, seed=0):
     """A passkey corpus; some documents of val are longer than 8 times the training length of TINY."""
-    train_docs, val_docs = passkey.generate(tokens, 0.5, 6, (seed, 0)), passkey.generate(tokens // 2, 0.5, 6, (seed, 1))
+    train_docs = passkey.generate(tokens, 8, (seed, 0), 4096)
+    val_docs = passkey.generate(tokens // 2, 8, (seed, 1), 4096)
     write_data(out, get_tokenizer('passkey'), dict(train=train_docs, val=val_docs), source='')
     return out
 

@@ -16,7 +16,7 @@ from data.tokens import documents, open_data
 
 @pytest.fixture(scope='module')
 def ids():
-    return list(passkey.generate(500_000, 0.7, 25, (0, 0)))
+    return list(passkey.generate(500_000, 8, (0, 0), 4096))
 
 
 @pytest.fixture(scope='module')
@@ -25,8 +25,8 @@ def docs(ids):
 
 
 def test_the_seed_alone_decides(ids):
-    assert [list(d) for d in passkey.generate(500_000, 0.7, 25, (0, 0))] == [list(d) for d in ids]
-    assert list(passkey.generate(50_000, 0.7, 25, (0, 1)))[:5] != ids[:5]
+    assert [list(d) for d in passkey.generate(500_000, 8, (0, 0), 4096)] == [list(d) for d in ids]
+    assert list(passkey.generate(50_000, 8, (0, 1), 4096))[:5] != ids[:5]
 
 
 def test_as_many_tokens_as_asked_in_documents_of_all_lengths(ids):
@@ -36,15 +36,10 @@ def test_as_many_tokens_as_asked_in_documents_of_all_lengths(ids):
     assert 500_000 <= sum(lengths) + len(lengths) < 500_000 + 4097
 
 
-def test_the_share_of_passkey_documents_is_the_one_asked_for(docs):
-    share = np.mean([s.startswith('There is an important info') for s in docs])
-    assert abs(share - 0.7) < 4 * (0.7 * 0.3 / len(docs)) ** 0.5
-
-
 def test_key_is_told_once_and_every_answer_is_it(docs):
     info = re.escape(passkey.INFO).replace(r'\{key\}', r'(\d{5})')
-    with_key, answers = [s for s in docs if s.startswith('There is')], 0
-    for s in with_key:
+    answers = 0
+    for s in docs:
         told = re.findall(info, s)
         assert len(told) == 1, f'told {len(told)} times in {len(s)} characters'
         key, again = told[0]
@@ -54,17 +49,28 @@ def test_key_is_told_once_and_every_answer_is_it(docs):
         assert all(a.startswith(f' {key}.') for a in asked[:-1])
         assert all(f' {key}.'.startswith(a[:7]) for a in asked[-1:])     # the end of the document may cut the last one
         answers += len(asked)
-    assert answers > 5 * len(with_key)
+    assert 3 * len(docs) < answers < 5 * len(docs)
 
 
-@pytest.mark.parametrize('fact', passkey.FACTS)
-def test_stories_contradict_nothing(fact, docs):
-    pattern, again = re.sub(r'\\{\w+\\}', r'(\\w+)', re.escape(fact)), 0
+def test_key_and_questions_may_stand_anywhere(docs):
+    told, asked = [], []
     for s in docs:
-        facts = re.findall(pattern, s)               # (subject, value)
-        assert len(dict(facts)) == len(set(facts))
-        again += len(facts) - len(set(facts))
-    assert again > 1000
+        told.append(s.index('Remember') / len(s))
+        asked += [place.start() / len(s) for place in re.finditer(re.escape(passkey.QUESTION), s)]
+    assert np.quantile(told, 0.25) < 0.5
+    assert np.quantile(told, 0.75) > 0.6
+    assert np.quantile(asked, 0.1) < 0.5
+    assert np.quantile(asked, 0.9) > 0.9
+
+
+def test_a_question_has_one_answer_by_the_token_before(docs):
+    """What follows " is" is a digit: the only other words behind it are in one token with it."""
+    enc = passkey.get_encoding()
+    (bare,) = enc.encode_ordinary(' is')
+    for s in docs[:50]:
+        ids = enc.encode_ordinary(s)
+        behind = [enc.decode([b]) for a, b in zip(ids, ids[1:]) if a == bare]
+        assert all(text.strip().isdigit() for text in behind)
 
 
 def test_the_passkey_corpus_on_disk(tmp_path):
@@ -75,7 +81,7 @@ def test_the_passkey_corpus_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize('flags', [
-    '--retrieval 1.5', '--retrieval nan', '--tokens 0', '--seed -1', '--gap 0', '--gap nan', '--longest 63'])
+    '--tokens 0', '--seed -1', '--questions 0', '--questions nan', '--longest 63'])
 def test_a_passkey_corpus_that_cannot_be_made_is_refused(flags, tmp_path):
     with refused(flags.split()[0]):
         run(passkey, '--out', tmp_path, '--tokens 100', flags)

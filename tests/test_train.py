@@ -356,12 +356,12 @@ def test_random_data_without_a_vocabulary_is_refused(wrong, tmp_path):
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_it_learns(optimizer, tmp_path):
-    ids = np.random.default_rng(0).integers(100, size=40)                # chance is log 100 = 4.6
+    ids = np.random.default_rng(0).integers(60, size=40)                 # chance is log 68 = 4.2
     write_data(tmp_path / 'data', get_tokenizer('passkey'), {'train': [ids], 'val': [ids]}, '')
     flags = f'{TINY} --block_size 32 --steps 40 --eval_every 40 --lr 1e-2 --muon_lr 3e-2 --optimizer {optimizer}'
     run(train, flags, f'--data {tmp_path}/data --out {tmp_path}/run')
     before, after = [r['val_loss'] for r in rows(tmp_path / 'run') if 'val_loss' in r]
-    assert before > 4.5
+    assert before > 4.1
     assert after < 0.5
 
 
