@@ -80,7 +80,7 @@ def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--out', default='data/passkey', help='folder for train.bin, val.bin, meta.json')
     p.add_argument('--tokens', type=between(int, 1, 2**40), default=8_000_000, help='of train.bin; val.bin has 1M')
-    p.add_argument('--questions', type=between(int, 1, 1000), default=8, help='at most so many in a document')
+    p.add_argument('--questions', type=between(int, 1, 1000), default=16, help='at most so many in a document')
     p.add_argument('--longest', type=between(int, 64, 2**24), default=512, help='tokens of the longest document')
     p.add_argument('--seed', type=between(int, 0, 2**63), default=0)
     return p.parse_args(argv)
