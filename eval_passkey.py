@@ -176,7 +176,8 @@ def main(argv=None):
     model = frozen(model, env)
     tok = get_tokenizer(ckpt['tokenizer'])
     ckpt['model'] = ckpt['optimizer'] = None         # gigabytes
-    check_fits(model.config, dict(vocab_size=tok.n_vocab, tokenizer=tok.name), 'the tokenizer', args.lengths or [])
+    meta = dict(vocab_size=tok.n_vocab, tokenizer=tok.name, tokenizer_fingerprint=tok.fingerprint)
+    check_fits(model.config, meta, 'the tokenizer', args.lengths or [], ckpt)
     lengths = usable_lengths(args.lengths, model.config, tok)
     check_fused(model, max(lengths), env)
     out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'

@@ -512,7 +512,7 @@ def main(argv=None):
     lengths = args.lengths
     if args.method != 'none':
         lengths = [*lengths, args.length]
-    check_fits(model.config, meta, args.data, lengths, ckpt['tokenizer'])
+    check_fits(model.config, meta, args.data, lengths, ckpt)
     check_fused(model, max(lengths), env)
     L = model.config.block_size
     at = '' if args.method == 'none' else f' at {args.length} ({args.length / L:g}x)'

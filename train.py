@@ -123,7 +123,7 @@ def main(argv=None):
     run = resolve(args, RECIPES, raw.config, resumed, parent)
     if resumed:
         check_resume(run, args, resumed, meta)
-    check_fits(raw.config, meta, run.data, [run.length], parent and parent['tokenizer'])
+    check_fits(raw.config, meta, run.data, [run.length], parent)
     docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
     split_batch(run, env)
@@ -154,7 +154,7 @@ def main(argv=None):
             save_checkpoint(f'{run.out}/ckpt.pt', dict(
                 model=weights, config=asdict(raw.config), optimizer=[opt.state_dict() for opt in opts], step=step,
                 tokens=step * run.batch_tokens, seed=run.seed, args=vars(run), fingerprint=meta['train']['sha256'],
-                tokenizer=meta['tokenizer'], extended=None))
+                tokenizer=meta['tokenizer'], tokenizer_fingerprint=meta.get('tokenizer_fingerprint'), extended=None))
         env.barrier()
 
     def next_batch(step):

@@ -95,10 +95,17 @@ def stem(path):
 
 
 def load_model(ckpt, **override):
-    """The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit."""
+    """
+    The GPT of a checkpoint, with config fields overridden (pe, block_size, ...). Names what does not fit. Temperatures
+    and frequencies were found for the encoding that it had: with another one they are those of training.
+    """
+    config = {**ckpt['config'], **override}
+    other_pe = config['pe'] != ckpt['config']['pe']
+    if other_pe:
+        config.update(rope_inv_freq=None, rope_start=0)
     try:
         with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
-            model = GPT(GPTConfig(**{**ckpt['config'], **override}))
+            model = GPT(GPTConfig(**config))
     except (TypeError, ValueError) as e:
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
@@ -111,6 +118,9 @@ def load_model(ckpt, **override):
         more = ' ...' if len(differs) > 4 else ''
         fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(sorted(differs)[:4])}{more}')
 
+    for name, tensor in have.items():
+        check_finite_weight(name, tensor, 'the checkpoint')
+
     # the checkpoint's tensors themselves, so that memory holds them once. Those of a converted one may be in half
     # precision, or the head's may be the embedding's
     tied = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
@@ -120,8 +130,18 @@ def load_model(ckpt, **override):
             weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
         else:                                        # the table of a position encoding that the checkpoint lacks
             weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
+    if other_pe:
+        for name in weights:
+            if name.endswith(('scale', 'slope')):
+                weights[name] = torch.full_like(weights[name], float(name.endswith('scale')))
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def check_finite_weight(name, tensor, where):
+    """A model with one infinite weight would answer every prompt wrongly, and look like one that fails at length."""
+    if not tensor.isfinite().all():
+        fail(f'{where}: weight {name} holds numbers that are not finite: restore it, or make it again')
 
 
 def frozen(model, env):
@@ -145,18 +165,25 @@ def padded(n):
     return n if n < 4096 else (n + 63) // 64 * 64
 
 
-def check_fits(config, meta, data_path, lengths=(), tokenizer=None):
+def check_fits(config, meta, data_path, lengths=(), ckpt=None):
     """
-    Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. A model
-    may have more rows than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(),
-    which other tokenizers may share.
+    Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. ckpt: the
+    checkpoint that the model comes from, whose tokenizer must be the data's, word by word. A model may have more rows
+    than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers
+    may share.
     """
     n = meta['vocab_size']
-    ours = config.vocab_size == padded(n) and tokenizer in (None, meta['tokenizer'])
+    made_with = ckpt and ckpt['tokenizer']
+    ours = config.vocab_size == padded(n) and made_with in (None, meta['tokenizer'])
     hugging_face = config.vocab_size > n and meta['tokenizer'].startswith('hf:')
     if config.vocab_size != n and not ours and not hugging_face:
         fail(f'{data_path} has a vocabulary of {n} ({meta["tokenizer"]}), the model one of {config.vocab_size}: '
              'use data of the tokenizer that it was trained with')
+    known = ckpt and ckpt.get('tokenizer_fingerprint')
+    found = meta.get('tokenizer_fingerprint')        # checkpoints and data of older versions have none
+    if known and found and known != found:
+        fail(f'{data_path} was made with another tokenizer ({meta["tokenizer"]}) than the model knows ({made_with}), '
+             'of the same size but with other ids: use data of the tokenizer that it was trained with')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
 

@@ -46,6 +46,8 @@ def build_model(args, resumed, parent, meta, env):
     if parent:
         changes = f' with {fields}' if fields else ''
         env.print(f'starting from the weights of {args.init_from}{changes}')
+        if parent.get('extended') and fields.get('pe', parent['config']['pe']) != parent['config']['pe']:
+            env.print('its temperatures and frequencies belong to its encoding and stay behind')
         return load_model(parent, **fields)
     env.print(f'nothing to resume in {args.out}, starting' if args.resume else 'starting from scratch')
     shape = dict(PRESETS[args.preset or 'tiny'], vocab_size=padded(meta['vocab_size']))

@@ -1,6 +1,7 @@
 """
 Tokenizers by name.
 """
+import hashlib
 import os
 
 from data.runtime import fail
@@ -9,12 +10,14 @@ from data.runtime import fail
 class Tokenizer:
     """
     encode(text) -> ids, decode(ids) -> text, n_vocab, name, bos (the id that begins a document, or None), eos (the one
-    that ends it).
+    that ends it), fingerprint (of its words and their ids: another tokenizer may have as many).
     """
 
-    def __init__(self, name, n_vocab, bos, encode, decode, eos=None):
+    def __init__(self, name, n_vocab, bos, encode, decode, eos=None, words=None):
+        """words: what the fingerprint is taken of (None: the name, where it says all)."""
         self.name, self.n_vocab, self.bos, self.encode, self.decode = name, n_vocab, bos, encode, decode
         self.eos = bos if eos is None else eos
+        self.fingerprint = hashlib.sha256(repr(words or name).encode()).hexdigest()
 
 
 def get_tokenizer(name):
@@ -49,7 +52,8 @@ def of_passkey():
             word = text[at:at + 20].partition('\n')[0]
             fail(f'the passkey vocabulary of {enc.n_vocab} words has none for {word!r}')
         return ids
-    return Tokenizer('passkey', enc.n_vocab, enc.eot_token, encode, enc.decode)
+    words = [enc.decode([i]) for i in range(enc.n_vocab)]
+    return Tokenizer('passkey', enc.n_vocab, enc.eot_token, encode, enc.decode, words=words)
 
 
 def of_hugging_face(name):
@@ -67,8 +71,11 @@ def of_hugging_face(name):
 
     def encode(text):
         return tok.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if not encode('a word'):
+        fail(f'tokenizer {name} makes no token of any word: {folder} lacks its vocabulary (tokenizer.json, '
+             'tokenizer.model or vocab.json)')
     bos = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
-    return Tokenizer(name, len(tok), bos, encode, tok.decode, tok.eos_token_id)
+    return Tokenizer(name, len(tok), bos, encode, tok.decode, tok.eos_token_id, sorted(tok.get_vocab().items()))
 
 
 def of_tiktoken(name):

@@ -23,8 +23,8 @@ def write_data(out, tokenizer, splits, source):
     None where they are too many for a list: each begins with BOS, which no text holds.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, bos=tokenizer.bos, dtype=np.dtype(dtype).name,
-                source=source)
+    meta = dict(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.n_vocab,
+                bos=tokenizer.bos, dtype=np.dtype(dtype).name, source=source)
     files = [f'{split}.bin' for split in splits] + ['meta.json']
     try:
         os.makedirs(out, exist_ok=True)

@@ -62,11 +62,11 @@ class Clock:
     def __init__(self, stages, workers):
         self.left = sum(stage.seconds for stage in stages)
         self.workers = workers
-        self.expected = self.took = 0
+        self.expected = self.took = 120              # so that one short stage does not judge the machine
 
     def announce(self, stage):
         if stage.seconds:
-            pace = self.took / self.expected if self.expected else 1
+            pace = self.took / self.expected
             print(f'\n{time.strftime("%H:%M:%S")} {stage.name}: about {duration(stage.seconds * pace)}; '
                   f'all that is left: about {duration(self.left * pace / self.workers)}', flush=True)
 

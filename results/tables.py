@@ -183,7 +183,7 @@ TABLES = dict(
 # Seconds on 2 cores, about, two stages side by side with a thread each: what the sweep tells before each stage,
 # corrected by what the stages before it took on this machine. begin: to import torch and open files.
 # million: a million tokens of a corpus; step: one of train.py; measure: a row; the others: extending by that method.
-SECONDS = dict(begin=4, million=4, step=0.25, measure=60, uniform=40, head=150, longrope=150)
+SECONDS = dict(begin=4, million=1, step=0.25, measure=60, uniform=40, head=150, longrope=150)
 
 # 8x the training length is 2,048 tokens a row
 TUNE = dict(steps=60, batch=4, grid=tuple(1 + i / 10 for i in range(11)))

@@ -1,5 +1,6 @@
 """What data/checkpoint.py promises: saved whole or not at all, checked when it is read, and one run a folder."""
 import errno
+import math
 import multiprocessing
 import os
 import re
@@ -26,6 +27,7 @@ from data.checkpoint import (
     stem,
 )
 from data.runtime import Env, memory
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_inner=12)
@@ -205,6 +207,39 @@ def test_data_of_another_vocabulary_is_refused():
         check_fits(GPTConfig(**SHAPE), dict(vocab_size=257, tokenizer='words'), 'data')
     # a model of transformers may be padded past its tokenizer
     check_fits(GPTConfig(**SHAPE), dict(vocab_size=16, tokenizer='hf:dir'), 'data')
+
+
+def test_data_of_another_tokenizer_of_the_same_size_is_refused():
+    words, permuted = [('a', 0), ('b', 1)], [('a', 1), ('b', 0)]
+    ours, theirs = [Tokenizer('hf:dir', 17, 0, None, None, words=w).fingerprint for w in (words, permuted)]
+    ckpt = dict(tokenizer='hf:dir', tokenizer_fingerprint=ours)
+    meta = dict(vocab_size=17, tokenizer='hf:dir', tokenizer_fingerprint=ours)
+    check_fits(GPTConfig(**SHAPE), meta, 'data', ckpt=ckpt)
+    with refused('another tokenizer', 'other ids'):
+        check_fits(GPTConfig(**SHAPE), dict(meta, tokenizer_fingerprint=theirs), 'data', ckpt=ckpt)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(bad):
+    """Such a model finds 0 % of the keys, which is just what failing at length looks like."""
+    ckpt = checkpoint()
+    ckpt['model']['blocks.0.mlp.up_proj.weight'][3, 2] = bad
+    with refused('blocks.0.mlp.up_proj.weight', 'not finite'):
+        load_model(ckpt)
+
+
+def test_temperatures_and_frequencies_stay_with_their_encoding():
+    ckpt = checkpoint(pe='rope')
+    ckpt['config'].update(rope_inv_freq=[0.5, 0.1], rope_start=4)
+    ckpt['model']['blocks.0.attn.scale'].fill_(1.3)
+    kept = load_model(ckpt)
+    assert kept.config.rope_inv_freq == [0.5, 0.1]
+    assert kept.blocks[0].attn.scale.tolist() == pytest.approx([1.3, 1.3])
+    dropped = load_model(ckpt, pe='nope')
+    assert dropped.config.rope_inv_freq is None
+    assert dropped.config.rope_start == 0
+    assert dropped.blocks[0].attn.scale.tolist() == [1, 1]
+    assert dropped.blocks[0].attn.slope.tolist() == [0, 0]
 
 
 def test_lengths_past_a_learned_table_are_refused():

@@ -393,6 +393,15 @@ def test_drope(corpus, tmp_path):
         run(eval_passkey, f'--ckpt {out}/uniform-128.pt --lengths 96 --depths 1 --trials 1 {CPU}')
 
 
+def test_a_stretched_model_that_drops_rope_can_be_extended(corpus, rope, tmp_path):
+    """YaRN's temperature and frequencies stay behind."""
+    run(extend, HEAD, f'--method yarn --ckpt {rope} --data {corpus} --out {tmp_path}')
+    flags = f'--init_from {tmp_path}/yarn-128.pt --pe nope --steps 1 --data {corpus} --out {tmp_path}/on'
+    said = run(train, BATCH, flags)
+    assert 'stay behind' in said
+    run(extend, HEAD, f'--method uniform --ckpt {tmp_path}/on --data {corpus}')
+
+
 def test_yarn_changes_frequencies_and_temperature_only(corpus, rope, tmp_path):
     run(extend, HEAD, f'--method yarn --ckpt {rope} --data {corpus} --out {tmp_path}')
     old, new = load_checkpoint(rope), load_checkpoint(f'{tmp_path}/yarn-128.pt')

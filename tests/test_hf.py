@@ -661,6 +661,22 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     same(load(hf, tmp_path / 'half').float(), tmp_path / 'a.pt', 120, tol=0.1)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_refused(hf, tmp_path):
+    """transformers makes an empty one of it, without a word, and a corpus would be empty too."""
+    words_tokenizer(tmp_path / 'words')
+    os.remove(tmp_path / 'words/tokenizer.json')
+    with refused('words'):
+        get_tokenizer(f'hf:{tmp_path}/words')
+
+
+def test_a_weight_that_is_not_finite_is_not_read(tmp_path):
+    state = theirs(build(pe='rope').state_dict())
+    state['model.norm.weight'][0] = math.inf
+    folder(tmp_path / 'hf', state, LLAMA)
+    with refused('model.norm.weight', 'not finite'):
+        run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+
+
 def test_a_tokenizer_of_theirs(hf, tmp_path):
     """Trained here on its ids, then written with it: a folder without config.json."""
     words_tokenizer(tmp_path / 'words')

@@ -437,7 +437,7 @@ def test_matrices_decay_and_temperatures_are_not_trained(optimizer, pe):
 def test_checkpoint_form(trained):
     ckpt = torch.load(f'{trained}/ckpt.pt', weights_only=True)
     assert set(ckpt) == {'model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer',
-                         'extended'}
+                         'tokenizer_fingerprint', 'extended'}
     assert (ckpt['step'], ckpt['tokens'], ckpt['seed']) == (60, 60 * 256, 5)
     assert (ckpt['tokenizer'], ckpt['extended']) == ('passkey', None)
     model = GPT(GPTConfig(**ckpt['config']))

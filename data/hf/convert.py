@@ -14,6 +14,7 @@ Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers 
 into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
 (QK-norm, LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +24,14 @@ from dataclasses import asdict, replace
 
 import torch
 
-from data.checkpoint import find_checkpoint, load_checkpoint, load_model, preflight, save_checkpoint
+from data.checkpoint import (
+    check_finite_weight,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    preflight,
+    save_checkpoint,
+)
 from data.runtime import fail, parser
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
@@ -219,6 +227,14 @@ def weights(file):
         fail(f'{file} is no whole file of weights ({type(e).__name__}): download it again')
 
 
+def tokenizer_fingerprint(folder):
+    """Of the folder's tokenizer; None where there is none, or no transformers to open it."""
+    there = any(os.path.exists(f'{folder}/{name}') for name in ('tokenizer.json', 'tokenizer.model', 'vocab.json'))
+    if there and importlib.util.find_spec('transformers'):
+        return get_tokenizer(f'hf:{folder}').fingerprint
+    return None
+
+
 def read(folder, out, pe):
     """A Hugging Face folder -> the checkpoint file `out`."""
     if not out.endswith('.pt'):
@@ -245,6 +261,7 @@ def read(folder, out, pe):
                     found = f'{str(w.dtype).removeprefix("torch.")} {tuple(w.shape)}'
                 fail(f'{file}: weight {name} is {found}, not {tuple(shape)} in {", ".join(DTYPES)}: '
                      'it does not belong to this config.json')
+            check_finite_weight(name, w, file)
             model[ours[name]] = w
     if tied and 'embed.weight' in model:
         model.setdefault('lm_head.weight', model['embed.weight'])        # in the file they stay one
@@ -258,7 +275,8 @@ def read(folder, out, pe):
     # args: what train.py --init_from looks for (whose recipe), and the length that it was made for
     args = dict(preset='tinyllama', length=longest, init_from=folder)
     save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0,
-                              seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}', extended=None))
+                              seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}',
+                              tokenizer_fingerprint=tokenizer_fingerprint(folder), extended=None))
     parameters = sum(math.prod(s) for s in want.values())
     scaled = ', scaled RoPE' if c.rope_inv_freq else ''
     print(f'{out}: pe={c.pe}, {c.n_layer} layers, {parameters:,} parameters, training length {c.block_size}{scaled}, '
@@ -343,6 +361,8 @@ def write(ckpt, folder, dtype):
             fold = scale[k.replace('q_proj.weight', 'scale')] / torch.tensor(lam)                # (nh,), fp32
             w = (w.float().view(c.n_head, -1, c.n_embd) * fold[:, None, None]).view(w.shape)
         state[hf_name(k)] = w.to(DTYPES[dtype]).contiguous()
+        if not state[hf_name(k)].isfinite().all():
+            fail(f'weight {k} does not fit into {dtype}: give --dtype bf16 or fp32')
     tmp = os.path.join(os.path.dirname(folder), f'.{os.path.basename(folder)}.tmp')
     try:
         shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
