@@ -39,6 +39,7 @@ from data.checkpoint import (
     stem,
 )
 from data.figures import default_lengths, extension_tables, plot_extension, pyplot, write_csv
+from data.longrope import Candidate, search
 from data.measure import choose_windows, entropies, entropy_rows, perplexity
 from data.runtime import (
     check_fused,
@@ -224,9 +225,6 @@ def progress(env, *args, **kwargs):
 # RoPE: slower rotation
 
 ROPE = dict(pi=pi, ntk=ntk, yarn=yarn)
-N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
-MUTATED = 0.3                    # probability that mutation draws a number anew, and crossing takes it from the second
-DIVISOR_STEP = 0.01
 
 
 def set_frequencies(model, inv_freq, start=0):
@@ -244,12 +242,6 @@ def stretch(model, corpus, args, env):
     return Record()
 
 
-class Candidate(NamedTuple):
-    """Of LongRoPE's search."""
-    divisors: tuple              # of the hs/2 frequencies, 1 <= r_0 <= r_1 <= ... <= 1.25 s
-    start: int                   # n-hat: so many first positions are not stretched
-
-
 def longrope(model, corpus, args, env):
     """
     LongRoPE (Ding et al. 2024, eq. 3, alg. 1): a divisor for each frequency, and first positions that are not
@@ -260,74 +252,37 @@ def longrope(model, corpus, args, env):
     trained = rope_frequencies(config)
     scale = args.length / config.block_size
     largest = 1.25 * scale
-    quarter = args.population // 4                   # mutants of a generation, and as many crossings
-    rng = np.random.default_rng(args.seed)
-    losses = {}                                      # of each candidate tried
-    curve = []
     set_heads(model, 1 + math.log(scale) / math.log(max(2, config.block_size)))
 
     def rotate_by(candidate):
         inv_freq = np.divide(trained, candidate.divisors).astype(np.float32)
         set_frequencies(model, inv_freq.tolist(), candidate.start)
 
-    def pick(candidates):
-        return candidates[int(rng.integers(len(candidates)))]
+    def loss(candidate):
+        rotate_by(candidate)
+        return loss_of(model, corpus, args, env)
 
     seeds = {}
     for name, rule in ROPE.items():
         inv_freq, _ = rule(config, args.length)
         divisors = np.clip(np.divide(trained, inv_freq), 1.0, largest)
         seeds[name] = Candidate(tuple(divisors.tolist()), 0)
-    generation = list(seeds.values())
-    while len(generation) < args.population:
-        generation.append(mutate(pick(list(seeds.values())), largest, rng))
 
-    bar = progress(env, total=args.population + 2 * quarter * args.iterations, desc=f'longrope at {args.length}')
-    for _ in range(args.iterations + 1):
-        for candidate in generation:
-            if candidate not in losses:
-                rotate_by(candidate)
-                losses[candidate] = loss_of(model, corpus, args, env)
+    total = args.population + 2 * (args.population // 4) * args.iterations
+    with progress(env, total=total, desc=f'longrope at {args.length}') as bar:
+        def tried(lowest):
             bar.update()
-        parents = sorted(losses, key=losses.get)[:max(2, 2 * quarter)]
-        best = parents[0]
-        curve.append((len(losses), losses[best]))
-        bar.set_postfix_str(f'loss {losses[best]:.4f}')
-        generation = [mutate(pick(parents), largest, rng) for _ in range(quarter)]
-        generation += [cross(pick(parents), pick(parents), rng) for _ in range(quarter)]
-    bar.close()
+            bar.set_postfix_str(f'loss {lowest:.4f}')
+        rng = np.random.default_rng(args.seed)
+        losses, curve = search(list(seeds.values()), largest, loss, args.population, args.iterations, rng, tried)
 
+    best = min(losses, key=losses.get)
     rotate_by(best)
     for name, seed in seeds.items():
         env.print(f'  {name:8} {losses[seed]:.4f}')
     divisors = ' '.join(f'{r:.2f}' for r in best.divisors)
     env.print(f'  longrope {losses[best]:.4f}  n-hat {best.start}, divisors {divisors}')
     return Record(curve=curve, batches=len(losses) * args.grid_batches)
-
-
-def mutate(candidate, largest, rng):
-    """Some divisors drawn anew between their neighbours, in steps of 0.01, and perhaps n-hat, from its list."""
-    divisors, start = list(candidate.divisors), candidate.start
-    low = 1.0
-    for i, high in enumerate(divisors[1:] + [largest]):
-        if rng.random() < MUTATED:
-            steps = int((high - low) / DIVISOR_STEP + 1e-6)          # the sum of steps may fall short by a rounding
-            divisors[i] = min(high, low + DIVISOR_STEP * int(rng.integers(steps + 1)))
-        low = divisors[i]
-    if rng.random() < MUTATED:
-        start = int(rng.choice(N_HAT))
-    return Candidate(tuple(divisors), start)
-
-
-def cross(a, b, rng):
-    """Candidate a with some of its numbers from b, where the divisors still increase; otherwise a itself."""
-    for _ in range(20):
-        from_b = rng.random(len(a.divisors) + 1) < MUTATED
-        divisors = np.where(from_b[:-1], b.divisors, a.divisors)
-        start = b.start if from_b[-1] else a.start
-        if (np.diff(divisors) >= 0).all():
-            return Candidate(tuple(divisors.tolist()), start)
-    return a
 
 
 class Method(NamedTuple):

@@ -31,6 +31,7 @@ import train
 from data import measure
 from data.checkpoint import frozen, load_checkpoint, load_model
 from data.figures import read_csv
+from data.longrope import N_HAT, Candidate, search
 from data.runtime import Env
 from data.tokens import get_batch, open_data
 from extend import Corpus
@@ -308,6 +309,22 @@ def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
     check_refused(extend, f'{HEAD} --ckpt {tmp_path}/{method}-128.pt --data {corpus}', ' : extended already')
 
 
+def test_longrope_tries_nothing_twice_and_every_divisor_grows():
+    """On a bowl with its bottom at (1.5, 2, 3): every candidate is valid and new, and the best comes near."""
+    target, tried = np.array([1.5, 2, 3]), []
+
+    def loss(candidate):
+        tried.append(candidate)
+        return float(np.square(np.array(candidate.divisors) - target).sum()) + 0.01 * candidate.start
+
+    seeds = [Candidate((1.0, 1.0, 1.0), 0), Candidate((4.0, 4.0, 4.0), 0)]
+    losses, curve = search(seeds, 5.0, loss, 16, 30, np.random.default_rng(0), lambda lowest: None)
+    assert len(tried) == len(set(tried)) == len(losses) == curve[-1][0]
+    assert all(1 <= a <= b <= c <= 5 for (a, b, c), _ in tried)
+    assert len(tried) == 16 + 30 * 8
+    assert min(losses.values()) < 0.05
+
+
 def test_longrope(corpus, tmp_path):
     run(train, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}')
     search = '--method longrope --population 8 --iterations 3 --eval_tokens 0'
@@ -327,7 +344,7 @@ def test_longrope(corpus, tmp_path):
         (divisors > 1 - 1e-5).all()
         and (np.diff(divisors) > -1e-5).all()
         and divisors.max() <= 1.25 * 128 / 64 + 1e-5
-        and c.rope_start in extend.N_HAT
+        and c.rope_start in N_HAT
     )
     assert (
         [n for n, _ in tried] == sorted(n for n, _ in tried)
