@@ -67,7 +67,7 @@ from model import ntk, pi, rope_frequencies, yarn
 class Corpus(NamedTuple):
     """What methods read: token ids, the id that begins a row, the documents that rows begin with (None: anywhere)."""
     tokens: object
-    bos: int
+    bos: int                     # None: rows are as they come
     docs: tuple = None
 
 
@@ -329,6 +329,8 @@ def parse_args(argv=None):
     p.add_argument('--rows', choices=('documents', 'anywhere'),
                    help='where rows begin, in tuning and measuring: with a document that is longer than they are, or '
                         'anywhere (default: as the checkpoint was trained)')
+    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: as the '
+                   'checkpoint was trained)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
     # uniform, and where head starts
     grid = [1 + i / 10 for i in range(16)]
@@ -375,6 +377,8 @@ def resolve(args, ckpt, config):
     args.lengths = sorted(set(args.lengths or default_lengths(config)))
     args.stride = args.stride or max(1, args.lengths[0] // 2)
     args.out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
+    if args.bos is None:
+        args.bos = ckpt['args'].get('bos', True)
     if args.rows:
         return 'as asked'
     args.rows = ckpt['args'].get('rows', 'anywhere')
@@ -409,14 +413,14 @@ def check(args, model, env):
              f'--length {args.length} must be longer')
 
 
-def open_corpus(args, meta, model, why, env):
+def open_corpus(args, meta, bos, why, env):
     """What the method reads, as far as it reads something."""
     if not METHODS[args.method].reads_corpus:
         return None
     tokens, _ = open_data(args.data, 'train')
     docs = open_rows(args.rows, tokens, meta, 'train', args.length, args.data)
-    env.print(describe_rows(args.rows, why, tokens, args.length, docs))
-    return Corpus(tokens, meta['bos'], docs)
+    env.print(describe_rows(args.rows, why, tokens, args.length, docs, bos))
+    return Corpus(tokens, bos, docs)
 
 
 HEADROOM = 2 * 10**9             # bytes that memory() leaves out: the allocator's, the library's
@@ -472,7 +476,8 @@ def main(argv=None):
     L = model.config.block_size
     at = '' if args.method == 'none' else f' at {args.length} ({args.length / L:g}x)'
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}{at}')
-    corpus = open_corpus(args, meta, model, why, env)
+    bos = meta['bos'] if args.bos else None
+    corpus = open_corpus(args, meta, bos, why, env)
     docs = documents(val, meta, 'val')
     paper = args.protocol == 'paper'
     if args.eval_tokens:                             # too short a val.bin is known before the work
@@ -486,7 +491,7 @@ def main(argv=None):
     results = {}                                     # {name: (rows of perplexity, rows of entropy)}
     if args.eval_tokens:
         name = stem(args.ckpt)
-        results[name] = measure(model, name, docs, meta['bos'], args, env)
+        results[name] = measure(model, name, docs, bos, args, env)
     if args.method != 'none':
         began = time.time()
         record = method.run(model, corpus, args, env)
@@ -497,7 +502,7 @@ def main(argv=None):
             save(f'{args.out}/{name}.pt', ckpt, model, meta, record, tokens, seconds, args)
         env.print(f'{args.out}/{name}.pt: {tokens:,} tokens, {seconds:.0f} s')
         if args.eval_tokens:
-            results[name] = measure(model, name, docs, meta['bos'], args, env)
+            results[name] = measure(model, name, docs, bos, args, env)
     if results:
         rule = None
         if paper:

@@ -81,6 +81,8 @@ def parse_args(argv=None):
     p.add_argument('--min_length', type=positive_int, help='each step draws length, length/2, ... down to this')
     p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: with a document that is longer '
                    'than they are, or anywhere')
+    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: yes, or as '
+                   'the checkpoint was trained)')
     p.add_argument('--batch_tokens', type=positive_int, help='tokens a step, over all processes')
     p.add_argument('--micro_batch', type=positive_int, help='rows in a forward pass; the rest is accumulation')
     # optimisation; TinyLlama's values unless the recipe says otherwise
@@ -126,8 +128,9 @@ def main(argv=None):
     check_fits(raw.config, meta, run.data, [run.length], parent)
     docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
+    bos = meta['bos'] if run.bos else None
     split_batch(run, env)
-    env.print(describe_rows(run.rows, run.rows_why, data, run.length, docs))
+    env.print(describe_rows(run.rows, run.rows_why, data, run.length, docs, bos))
     choose_dtype(env, run.dtype, raw.config, run.length, training=True, why=run.dtype_why)
     run.dtype = env.dtype                            # a resumed run stays with it
     check_machine(run, raw, resumed, meta, env)
@@ -160,7 +163,7 @@ def main(argv=None):
     def next_batch(step):
         """The micro-batches of this process: [(idx, targets)], each (rows, T) on the device."""
         T = row_length(step, run)
-        x, y = get_batch(data, meta['bos'], run.batch_tokens // T, T, run.seed, step, env.rank, env.world, docs)
+        x, y = get_batch(data, bos, run.batch_tokens // T, T, run.seed, step, env.rank, env.world, docs)
         if 'cuda' in env.device:
             x = x.contiguous().pin_memory().to(env.device, non_blocking=True)
             y = y.contiguous().pin_memory().to(env.device, non_blocking=True)
@@ -174,7 +177,7 @@ def main(argv=None):
             if step != saved:
                 save()
                 saved = step
-            log.validation(step, validate(raw, val_data, meta['bos'], run, env, val_docs), saved)
+            log.validation(step, validate(raw, val_data, bos, run, env, val_docs), saved)
         if step == run.steps:
             break
 

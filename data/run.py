@@ -68,7 +68,9 @@ def resolve(args, recipes, config, resumed, parent):
     if run.preset is None:
         run.preset = source['args']['preset'] if source else 'tiny'
     run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
-    defaults = dict(recipes[run.preset], length=config.block_size)
+    defaults = dict(recipes[run.preset], length=config.block_size, bos=True)
+    if source:
+        defaults['bos'] = source['args'].get('bos', True)
     if run.benchmark:                                # its tokens are one document
         defaults['rows'] = 'anywhere'
     run.rows_why = 'as asked' if args.rows else f'the recipe of {run.preset}'
@@ -120,11 +122,11 @@ def split_batch(run, env):
 def check_resume(run, args, resumed, meta):
     """Steps may grow, and machine and number of processes may change; what decides the numbers may not."""
     fields = given_fields(args)
-    began = dict(dict(rows='anywhere'), **resumed['args'])
+    began = dict(dict(rows='anywhere', bos=True), **resumed['args'])
     began.update(asdict(GPTConfig(**resumed['config'])))
     now = dict(vars(run), **fields)
     differs = []
-    for name in (*fields, 'preset', 'seed', 'length', 'min_length', 'rows', 'batch_tokens', 'optimizer', 'lr',
+    for name in (*fields, 'preset', 'seed', 'length', 'min_length', 'rows', 'bos', 'batch_tokens', 'optimizer', 'lr',
                  'muon_lr', 'weight_decay', 'grad_clip', 'warmup', 'decay_steps', 'init_from'):
         if now[name] != began[name]:
             differs.append(f'--{name} {now[name]} (was {began[name]})')

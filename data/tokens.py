@@ -226,9 +226,9 @@ def spaced_rows(data, T, tokens, docs=None):
     return [places[i * (len(places) - 1) // max(1, n - 1)] for i in range(n)]
 
 
-def describe_rows(rows, why, data, T, docs):
+def describe_rows(rows, why, data, T, docs, bos):
     """The line that says where rows begin, and why there."""
-    where = 'anywhere in the text, with BOS in place of their first token'
+    where = 'anywhere in the text, as they come' if bos is None else 'anywhere in the text, behind a BOS'
     if docs is not None:
         fitting = len(row_starts(data, T, docs))
         where = f'with one of the {fitting:,} documents (of {len(docs[0]):,}) that are longer than {T:,} tokens'
@@ -253,8 +253,9 @@ def get_batch(data, bos, rows, T, seed, step, rank=0, world=1, docs=None):
 
 def anchor(windows, bos):
     """
-    Windows of equal length cut out of a stream -> int64 (B, T), with `bos` (unless None) over the first token of each.
-    NoPE can read positions off the attention that this one known token still gets (Kazemnejad et al. 2023, theorem 1).
+    Windows of equal length cut out of a stream -> int64 (B, T). `bos` (unless None) takes the place of the first token
+    of each, and so stands before the others, which are all predicted. NoPE can read positions off the attention that
+    this one known token still gets (Kazemnejad et al. 2023, theorem 1).
     """
     x = torch.from_numpy(np.stack(windows).astype(np.int64))
     if bos is not None:

@@ -36,6 +36,7 @@ from conftest import (
 )
 
 import eval_passkey
+import extend
 import train
 from data.checkpoint import load_checkpoint, lock
 from data.runtime import pick_dtype
@@ -434,6 +435,22 @@ def test_matrices_decay_and_temperatures_are_not_trained(optimizer, pe):
         assert decay == (0.0 if 'norm' in n else 0.1)
 
 
+def test_rows_without_bos_stay_so(corpus, tmp_path):
+    """A model that was trained on packed chunks as they come is trained on, tuned and measured on such."""
+    anywhere = 'rows begin anywhere in the text'
+    said = run(train, TINY, f'--rows anywhere --steps 1 --data {corpus} --out {tmp_path}/bos')
+    assert f'{anywhere}, behind a BOS' in said
+    said = run(train, TINY, f'--rows anywhere --no-bos --steps 1 --data {corpus} --out {tmp_path}/run')
+    assert f'{anywhere}, as they come' in said
+    assert rows(tmp_path / 'run')[0]['val_loss'] != rows(tmp_path / 'bos')[0]['val_loss']
+    on = f'--init_from {tmp_path}/run --rows anywhere --steps 1 --data {corpus} --out {tmp_path}/on'
+    said = run(train, BATCH, on)
+    assert f'{anywhere}, as they come' in said
+    said = run(extend, f'--ckpt {tmp_path}/on --data {corpus} --method uniform --grid 1,1.1 --grid_batches 1 --batch 2 '
+                       f'--length 128 --eval_tokens 0 {CPU}')
+    assert f'{anywhere}, as they come' in said
+
+
 def test_checkpoint_form(trained):
     ckpt = torch.load(f'{trained}/ckpt.pt', weights_only=True)
     assert set(ckpt) == {'model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer',
@@ -632,6 +649,7 @@ def test_bad_flags(flags, corpus, tmp_path):
 @pytest.mark.parametrize('case', [
     '--seed 6', '--batch_tokens 512', '--optimizer muon', '--lr 1e-4', '--warmup 4', '--weight_decay 0.2',
     '--grad_clip 2', '--length 32', '--min_length 32', '--pe rope', '--n_layer 2', '--rows documents',
+    '--no-bos : bos False',
     '--no-qk_norm : qk_norm False', '--data {other}', '--init_from {trained}'])
 def test_resume_refuses_what_would_change_the_run(case, straight, other, trained):
     base = f'{straight.flags} --steps 50 --resume --out {straight.out}'

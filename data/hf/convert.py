@@ -272,8 +272,9 @@ def read(folder, out, pe):
     for i in range(c.n_layer):
         model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), lam)
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
-    # args: what train.py --init_from looks for (whose recipe), and the length that it was made for
-    args = dict(preset='tinyllama', length=longest, init_from=folder)
+    # args: what train.py --init_from looks for (whose recipe, where rows begin), and the length that it was made for.
+    # Packed chunks as they come, without BOS, are what TinyLlama and the paper's models were trained on
+    args = dict(preset='tinyllama', length=longest, init_from=folder, rows='anywhere', bos=False)
     save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0,
                               seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}',
                               tokenizer_fingerprint=tokenizer_fingerprint(folder), extended=None))
