@@ -4,6 +4,7 @@ get wrong ends in fail(): one line that says what to do, exit code 2.
 """
 import argparse
 import copy
+import functools
 import math
 import os
 import shutil
@@ -46,6 +47,8 @@ def finish(code=0):
 
 def parser(doc):
     """An argparse.ArgumentParser that prints the docstring as it is, without abbreviations; bad flags cost one line."""
+    if sys.platform == 'win32':
+        fail('Windows is not supported (files are locked and replaced as on Linux): run this inside WSL')
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f'{message} (--help lists the flags)')
@@ -328,8 +331,27 @@ def compiled(model, args, env):
             fail(f'--compile needs {names}: install one, or leave the flag out')
         env.print(f'not compiled: {names} is not installed')
         return model
+    failure = trial_compile(env.device)
+    if failure:
+        if args.compile:
+            fail(f'--compile fails on one line of code ({failure}): install the compiler with its headers '
+                 '(build-essential, python3-dev), or leave the flag out')
+        env.print(f'not compiled: torch.compile fails on one line of code ({failure})')
+        return model
     torch._dynamo.config.recompile_limit = 64        # --min_length makes a shape of every halving
     return torch.compile(model, dynamic=False)
+
+
+@functools.cache
+def trial_compile(device):
+    """Why torch.compile does not work here, in one line; None where it does. A compiler may lack its headers."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.zeros(8, device=device))
+    except Exception as e:                           # of dynamo, inductor, triton or the compiler
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        told = [line for line in lines if 'error' in line.lower()] or lines or [type(e).__name__]
+        return told[0][:160]
+    return None
 
 
 def check_fused(model, length, env):

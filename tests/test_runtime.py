@@ -2,11 +2,12 @@
 import argparse
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused
+from conftest import python, refused
 
 from data import runtime
 from data.runtime import Env
@@ -109,8 +110,46 @@ def test_without_a_compiler_nothing_is_compiled_by_default(device, no_compiler, 
 @pytest.mark.filterwarnings('ignore')                # of torch's own making
 def test_with_a_compiler_the_model_is_compiled(monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: name)
+    monkeypatch.setattr(runtime, 'trial_compile', lambda device: None)
     model = torch.nn.Linear(1, 1)
     assert runtime.compiled(model, SimpleNamespace(compile=True), Env()) is not model
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """It may be there without its headers: what torch raises then is a page long."""
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    monkeypatch.setattr(runtime, 'trial_compile', lambda device: 'no headers')
+
+
+def test_a_compiler_that_does_not_work_is_refused_in_one_line(broken_compiler):
+    with refused('--compile fails on one line of code (no headers)'):
+        runtime.compiled(torch.nn.Linear(1, 1), SimpleNamespace(compile=True), Env())
+
+
+def test_by_default_a_compiler_that_does_not_work_is_left_out(broken_compiler, capsys):
+    model = torch.nn.Linear(1, 1)
+    assert runtime.compiled(model, SimpleNamespace(compile=None), Env(device='cuda:0')) is model
+    assert capsys.readouterr().out == 'not compiled: torch.compile fails on one line of code (no headers)\n'
+
+
+@pytest.mark.slow
+def test_a_compiler_without_headers_is_found_out(tmp_path):
+    """With the real torch.compile and a compiler that fails."""
+    bad = tmp_path / 'g++'
+    bad.write_text('#!/bin/sh\necho "fatal error: Python.h: No such file" >&2\nexit 1\n')
+    bad.chmod(0o755)
+    code = 'from data import runtime; print(runtime.trial_compile("cpu"))'
+    done = python('-c', code, CXX=str(bad), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
+    assert done.returncode == 0, done.stderr
+    assert 'compiler' in done.stdout.lower()
+    assert done.stdout.count('\n') == 1
+
+
+def test_windows_is_told_about_wsl(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with refused('WSL'):
+        runtime.parser('')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
