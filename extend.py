@@ -298,7 +298,7 @@ METHODS = {
     'uniform-log': Method(uniform_log, True, False, 'uniform read as a slope: the same at --length, nothing up to L'),
     'head-log': Method(head_log, True, False, 'head read as slopes: the same at --length, nothing up to L'),
     'pi': Method(stretch, False, True, 'RoPE, every frequency divided by s = length / L (Chen et al. 2023)'),
-    'ntk': Method(stretch, False, True, 'RoPE, a larger base; made anew for each length: dynamic NTK (bloc97 2023)'),
+    'ntk': Method(stretch, False, True, 'RoPE, a larger base (bloc97 2023; for each length anew: emozilla 2023)'),
     'yarn': Method(stretch, False, True, 'RoPE, by parts, with a temperature (Peng et al. 2024)'),
     'longrope': Method(longrope, True, True, 'RoPE, a divisor for each frequency, by search (Ding et al. 2024)'),
     'none': Method(None, False, False, 'only measure the checkpoint'),

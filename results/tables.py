@@ -153,7 +153,7 @@ REAL = [
     Row('DroPE uniform', 'drope', 'uniform', corpus='text'),
 ]
 
-# Wang et al. 2024: NoPE and RoPE on 105B tokens; temperatures start from the best uniform ones that they name
+# Wang et al. 2024: NoPE and RoPE on 105B tokens; temperatures start from the best uniform ones of their code
 PAPER = [
     Row('NoPE', 'nope'),
     Row('NoPE head, 4K', 'nope', 'head', corpus='text', times=2),
