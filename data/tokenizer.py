@@ -7,6 +7,13 @@ import os
 from data.runtime import fail
 
 
+def fingerprint(words):
+    """words: {word: id}, or the name of a tokenizer that has only one vocabulary."""
+    if isinstance(words, dict):
+        words = sorted(words.items())
+    return hashlib.sha256(repr(words).encode()).hexdigest()
+
+
 class Tokenizer:
     """
     encode(text) -> ids, decode(ids) -> text, n_vocab, name, bos (the id that begins a document, or None), eos (the one
@@ -14,10 +21,10 @@ class Tokenizer:
     """
 
     def __init__(self, name, n_vocab, bos, encode, decode, eos=None, words=None):
-        """words: what the fingerprint is taken of (None: the name, where it says all)."""
+        """words: {word: id}; None where the name says it all."""
         self.name, self.n_vocab, self.bos, self.encode, self.decode = name, n_vocab, bos, encode, decode
         self.eos = bos if eos is None else eos
-        self.fingerprint = hashlib.sha256(repr(words or name).encode()).hexdigest()
+        self.fingerprint = fingerprint(words or name)
 
 
 def get_tokenizer(name):
@@ -52,7 +59,7 @@ def of_passkey():
             word = text[at:at + 20].partition('\n')[0]
             fail(f'the passkey vocabulary of {enc.n_vocab} words has none for {word!r}')
         return ids
-    words = [enc.decode([i]) for i in range(enc.n_vocab)]
+    words = {enc.decode([i]): i for i in range(enc.n_vocab)}
     return Tokenizer('passkey', enc.n_vocab, enc.eot_token, encode, enc.decode, words=words)
 
 
@@ -61,9 +68,10 @@ def of_hugging_face(name):
         from transformers import AutoTokenizer
     except ImportError:
         fail('tokenizer hf:DIR needs transformers: pip install transformers')
-    folder = name.removeprefix('hf:')
+    folder = os.path.abspath(name.removeprefix('hf:'))
     if not os.path.isdir(folder):
         fail(f'tokenizer {name}: {folder} is not a folder')
+    name = f'hf:{folder}'                            # found from wherever a script is started
     try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as e:
@@ -75,7 +83,7 @@ def of_hugging_face(name):
         fail(f'tokenizer {name} makes no token of any word: {folder} lacks its vocabulary (tokenizer.json, '
              'tokenizer.model or vocab.json)')
     bos = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
-    return Tokenizer(name, len(tok), bos, encode, tok.decode, tok.eos_token_id, sorted(tok.get_vocab().items()))
+    return Tokenizer(name, len(tok), bos, encode, tok.decode, tok.eos_token_id, tok.get_vocab())
 
 
 def of_tiktoken(name):

@@ -210,7 +210,7 @@ def test_data_of_another_vocabulary_is_refused():
 
 
 def test_data_of_another_tokenizer_of_the_same_size_is_refused():
-    words, permuted = [('a', 0), ('b', 1)], [('a', 1), ('b', 0)]
+    words, permuted = dict(a=0, b=1), dict(a=1, b=0)
     ours, theirs = [Tokenizer('hf:dir', 17, 0, None, None, words=w).fingerprint for w in (words, permuted)]
     ckpt = dict(tokenizer='hf:dir', tokenizer_fingerprint=ours)
     meta = dict(vocab_size=17, tokenizer='hf:dir', tokenizer_fingerprint=ours)

@@ -14,7 +14,6 @@ Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers 
 into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
 (QK-norm, LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
-import importlib.util
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from data.checkpoint import (
     save_checkpoint,
 )
 from data.runtime import fail, parser
-from data.tokenizer import get_tokenizer
+from data.tokenizer import fingerprint, get_tokenizer
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
@@ -228,15 +227,18 @@ def weights(file):
 
 
 def tokenizer_fingerprint(folder):
-    """Of the folder's tokenizer; None where there is none, or no transformers to open it."""
-    there = any(os.path.exists(f'{folder}/{name}') for name in ('tokenizer.json', 'tokenizer.model', 'vocab.json'))
-    if there and importlib.util.find_spec('transformers'):
-        return get_tokenizer(f'hf:{folder}').fingerprint
-    return None
+    """Of the folder's tokenizer; None where none can be opened (it may come later), or without transformers."""
+    try:
+        from transformers import AutoTokenizer
+        vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    except Exception:                                # every kind of folder has its own
+        return None
+    return fingerprint(vocabulary)
 
 
 def read(folder, out, pe):
-    """A Hugging Face folder -> the checkpoint file `out`."""
+    """A Hugging Face folder -> the checkpoint file `out`, which opens its tokenizer there."""
+    folder = os.path.abspath(folder)
     if not out.endswith('.pt'):
         fail(f'{out} must be a file name like out/name/ckpt.pt')
     if os.path.exists(out):
