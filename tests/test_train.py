@@ -485,8 +485,13 @@ def test_two_compiled_processes_are_one_plain(dtype, model, corpus, tmp_path):
     assert '2 processes x 2 accumulated x 2 rows x 64 tokens; in some steps' in said
     # 2.11 does not listen on CPU: there only losses and gradients are compared
     told = dtype == 'fp32' or torch.__version__ >= (2, 13)
+    # one rounding to bf16 that falls the other way moves a gradient by 2**-9 of a part: its norm by up to 1.4e-4, seen
+    # on an EPYC; the losses and the weights by a tenth of that
+    near = 1e-4 if told else 2e-3
+    near_norm = 5e-4 if told and dtype == 'bf16' else near
     for a, b in zip(rows(tmp_path / 'compiled'), rows(tmp_path / 'plain'), strict=True):
-        assert a == pytest.approx(b, rel=1e-4 if told else 2e-3)
+        assert a.pop('grad_norm', 0) == pytest.approx(b.pop('grad_norm', 0), rel=near_norm)
+        assert a == pytest.approx(b, rel=near)
     if told:
         same_weights(tmp_path / 'compiled', tmp_path / 'plain')
     names = [list(load_checkpoint(f'{tmp_path}/{x}')['model']) for x in ('compiled', 'plain')]
