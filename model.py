@@ -1,6 +1,10 @@
 """
-The network of nanoNoPE, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied)
-with a switch for the position encoding and one attention temperature for each head.
+The network, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied) with a switch for
+the position encoding and an attention temperature lambda for each head, in units of 1/sqrt(head size):
+
+    alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
+
+for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). 1.0 is what pre-training uses.
 
     model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
     logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
@@ -8,11 +12,6 @@ with a switch for the position encoding and one attention temperature for each h
     idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')
 
     python model.py out/nope "What is the pass key?" --max_new_tokens 1000        # a checkpoint goes on with a text
-
-The attention temperature is written in units of 1/sqrt(head size), so 1.0 is what pre-training used:
-    alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
-for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). Multiplied into q it costs nothing, and
-attention stays on the fused kernel.
 """
 import math
 from dataclasses import dataclass
@@ -56,11 +55,15 @@ class GPTConfig:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
-        hs = self.n_embd // self.n_head
+        hs = self.head_size
         if self.pe == 'rope' and hs % 2:
             raise ValueError(f'pe=rope rotates pairs: head size {hs} must be even')
         if self.rope_inv_freq is not None and len(self.rope_inv_freq) != hs // 2:
             raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {hs // 2} pairs')
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
 
 
 PRESETS = dict(
@@ -80,25 +83,23 @@ class KVCache:
     """
 
     def __init__(self, length=0):
-        self.kv = {}                                 # layer -> [k, v], each (B, nkv, capacity, hs)
+        self.kv = {}                                 # layer -> (2, B, nkv, capacity, hs)
         self.len = 0                                 # tokens held
         self.length = length
 
     def update(self, layer, k, v):
         """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
         start, end = self.len, self.len + k.size(2)
-        if layer not in self.kv or end > self.kv[layer][0].size(2):
-            self.grow(layer, k, max(2 * start, end + 64))
-        for buffer, new in zip(self.kv[layer], (k, v)):
-            buffer[:, :, start:end] = new
-        return [buffer[:, :, :end] for buffer in self.kv[layer]]
-
-    def grow(self, layer, k, capacity):
-        B, nkv, _, hs = k.shape
-        larger = [k.new_empty(B, nkv, capacity, hs) for _ in range(2)]
-        for buffer, old in zip(larger, self.kv.get(layer, ())):
-            buffer[:, :, :self.len] = old[:, :, :self.len]
-        self.kv[layer] = larger
+        held = self.kv.get(layer)
+        if held is None or end > held.size(3):
+            B, nkv, _, hs = k.shape
+            larger = k.new_empty(2, B, nkv, max(2 * start, end + 64), hs)
+            if held is not None:
+                larger[:, :, :, :start] = held[:, :, :, :start]
+            held = self.kv[layer] = larger
+        held[0, :, :, start:end] = k
+        held[1, :, :, start:end] = v
+        return held[:, :, :, :end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,8 +107,7 @@ class KVCache:
 
 def rope_frequencies(c):
     """Su et al. 2021, sec. 3.2.2: the hs/2 inverse frequencies of a GPTConfig as trained, theta^(-2m / hs)."""
-    hs = c.n_embd // c.n_head
-    return [c.rope_theta ** (-2 * m / hs) for m in range(hs // 2)]
+    return [c.rope_theta ** (-2 * m / c.head_size) for m in range(c.head_size // 2)]
 
 
 def pi(c, length):
@@ -116,21 +116,15 @@ def pi(c, length):
 
 
 def ntk(c, length):
-    """
-    NTK-aware scaling (bloc97 2023; YaRN's eq. 14 to 16), the base theta s^(hs / (hs - 2)) for s = length / block_size
-    -> (hs/2 inverse frequencies, temperature 1).
-    """
-    hs = c.n_embd // c.n_head
+    """NTK-aware scaling (bloc97 2023): PI's division for the lowest frequency, none for the highest -> as pi."""
+    hs = c.head_size
     base = c.rope_theta * (length / c.block_size) ** (hs / max(1, hs - 2))
     return [base ** (-2 * m / hs) for m in range(hs // 2)], 1.0
 
 
 def yarn(c, length):
-    """
-    YaRN (Peng et al. 2024, sec. 3.2 and 3.4, with the ramp over dimensions of its code) for s = length / block_size
-    -> (hs/2 inverse frequencies, temperature (0.1 ln s + 1)^2 on the scores).
-    """
-    hs = c.n_embd // c.n_head
+    """YaRN (Peng et al. 2024, sec. 3.2 and 3.4; ramp as in its code) -> (frequencies, temperature on the scores)."""
+    hs = c.head_size
     s = length / c.block_size
 
     def dimension(turns):
@@ -210,7 +204,7 @@ class Attention(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.head_size
         self.layer, self.qk_norm, self.eps = layer, c.qk_norm, c.norm_eps
         self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
@@ -384,7 +378,7 @@ class GPT(nn.Module):
         def chunk(x, t):
             return F.cross_entropy(self.lm_head(x).float(), t, reduction='sum')
         rows = max(1, self.logits_at_once // self.config.vocab_size)
-        rows = 2 ** (rows.bit_length() - 1)          # a power of two divides usual batches: chunks of one shape
+        rows = 2 ** int(math.log2(rows))             # a power of two divides usual batches: chunks of one shape
         if len(x) <= rows:
             return chunk(x, targets) / len(x)
         total = 0
@@ -435,43 +429,6 @@ def sample(logits, temperature, top_k):
     return torch.multinomial((logits / temperature).softmax(-1), 1)
 
 
-def parse_args(argv=None):
-    from data.runtime import natural_float, parser, positive_int
-    p = parser(__doc__)
-    p.add_argument('ckpt', help='checkpoint file or run folder')
-    p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
-    p.add_argument('--max_new_tokens', type=positive_int, default=200)
-    p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
-    p.add_argument('--seed', type=int, default=1337)
-    p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    p.set_defaults(dtype='fp32')
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
-    from data.checkpoint import frozen, load_checkpoint, load_model
-    from data.runtime import fail, setup
-    from data.tokenizer import get_tokenizer
-    args = parse_args(argv)
-    env = setup(args)
-    ckpt = load_checkpoint(args.ckpt)
-    model = frozen(load_model(ckpt), env)
-    tokenizer = get_tokenizer(ckpt['tokenizer'])
-    ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
-    if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:
-        fail(f'pe=learned ends at {model.config.block_size} tokens: lower --max_new_tokens {args.max_new_tokens}')
-    torch.manual_seed(args.seed)
-    print(args.prompt, end='')
-    new, shown = [], 0
-    for token in model.continuation(torch.tensor([ids], device=env.device), args.max_new_tokens, args.temperature):
-        new.append(token.item())
-        text = tokenizer.decode(new)                 # decoded together: a character may be several tokens
-        if not text.endswith('\ufffd'):              # which is half of one
-            print(text[shown:], end='', flush=True)
-            shown = len(text)
-    print()
-
-
 if __name__ == '__main__':
+    from data.sample import main  # here, since everything in data/ imports this file
     main()

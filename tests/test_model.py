@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import build, close, refused, run, set_heads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model as model_py
+from data import sample
 from data.checkpoint import load_checkpoint, load_model
 from data.tokenizer import get_tokenizer
 from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, ntk, pi, t5_bucket, yarn
@@ -703,7 +703,7 @@ PROMPT = ' The sky is blue.'
 
 
 def test_model_py_prints_the_prompt_and_a_continuation(trained):
-    said = run(model_py, [trained, PROMPT, '--max_new_tokens', '100', '--temperature', '0'], '--device cpu')
+    said = run(sample, [trained, PROMPT, '--max_new_tokens', '100', '--temperature', '0'], '--device cpu')
     tok, model = get_tokenizer('passkey'), load_model(load_checkpoint(trained))
     ids = torch.tensor([[tok.bos, *tok.encode(PROMPT)]])
     new = model.generate(ids, 100, temperature=0)[0, ids.size(1):].tolist()
@@ -712,7 +712,7 @@ def test_model_py_prints_the_prompt_and_a_continuation(trained):
 
 
 def test_model_py_samples_the_same_text_from_the_same_seed(trained):
-    first, again, other = (run(model_py, [trained, PROMPT], f'--seed {seed} --device cpu') for seed in (1, 1, 2))
+    first, again, other = (run(sample, [trained, PROMPT], f'--seed {seed} --device cpu') for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -727,4 +727,4 @@ def test_model_py_samples_the_same_text_from_the_same_seed(trained):
 )
 def test_model_py_refuses_what_it_cannot_do(flags, words, trained):
     with refused(*words):
-        run(model_py, flags.format(trained=trained), '--device cpu')
+        run(sample, flags.format(trained=trained), '--device cpu')
