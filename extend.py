@@ -100,17 +100,23 @@ def focus(model):
 # the paper: sharper attention. Each method is a function (model, corpus, args, env) -> Record, and changes the model
 
 def uniform(model, corpus, args, env):
-    """One temperature for all heads: of those on args.grid the one with the lowest loss at args.length (sec. 3)."""
+    """
+    One temperature for all heads: of those on args.grid the one with the lowest loss in rows of args.length (sec. 3).
+    As in the paper's fit (app. B), positions past the training length are scored: those within it need no sharpening.
+    """
+    past = model.config.block_size
+    if args.length <= past:
+        past = 0
     curve = []
     for lam in progress(env, args.grid, desc=f'uniform at {args.length}', leave=False):
         set_heads(model, lam)
-        curve.append((lam, loss_of(model, corpus, args, env)))
+        curve.append((lam, loss_of(model, corpus, args, env, past)))
     best, lowest = min(curve, key=itemgetter(1))
     highest = max(curve, key=itemgetter(1))[1]
     set_heads(model, best)
 
-    tokens = args.grid_batches * args.batch * args.length
-    env.print(f'uniform lambda at {args.length}, loss on {tokens:,} tokens:')
+    tokens = args.grid_batches * args.batch * (args.length - past)
+    env.print(f'uniform lambda at {args.length}, loss on {tokens:,} tokens past {past}:')
     for lam, loss in curve:
         bar = '#' * int(40 * (loss - lowest) / max(1e-9, highest - lowest))
         mark = '  <- best' if lam == best else ''
@@ -199,13 +205,14 @@ GRID_STEP = 10**9                # what is tried on a grid sees other batches th
 
 
 @torch.no_grad()
-def loss_of(model, corpus, args, env):
-    """Mean loss at args.length on the args.grid_batches batches that every candidate is tried on."""
+def loss_of(model, corpus, args, env, past=0):
+    """Mean loss after `past` tokens of a row, on the args.grid_batches batches that every candidate is tried on."""
     total = torch.zeros((), dtype=torch.float64, device=env.device)
     for i in range(args.grid_batches):
         for x, y in micro_batches(corpus, args, env, GRID_STEP + i):
             with env.autocast():
-                total += model(x, y)[1].double() * len(x) / args.batch / args.grid_batches
+                loss = model(x, y[:, past:], rows=slice(past, None))[1]
+                total += loss.double() * len(x) / args.batch / args.grid_batches
     return env.sum(total).item()
 
 
@@ -240,6 +247,23 @@ def stretch(model, corpus, args, env):
     set_frequencies(model, inv_freq)
     set_heads(model, lam)
     return Record()
+
+
+def ntk_grid(model, corpus, args, env):
+    """
+    NTK for a longer length than --length, which it is known to need: of --length times each of args.grid the best one
+    by the loss that uniform goes by, so that RoPE's simplest extension gets the same search.
+    """
+    curve = []
+    for times in progress(env, args.grid, desc=f'ntk-grid at {args.length}', leave=False):
+        inv_freq, _ = ntk(model.config, times * args.length)
+        set_frequencies(model, inv_freq)
+        curve.append((times, loss_of(model, corpus, args, env, model.config.block_size)))
+    best, lowest = min(curve, key=itemgetter(1))
+    inv_freq, _ = ntk(model.config, best * args.length)
+    set_frequencies(model, inv_freq)
+    env.print(f'ntk set for {best:g} times {args.length}: loss {lowest:.4f} past {model.config.block_size}')
+    return Record(curve=curve, batches=len(curve) * args.grid_batches)
 
 
 def longrope(model, corpus, args, env):
@@ -299,6 +323,7 @@ METHODS = {
     'head-log': Method(head_log, True, False, 'head read as slopes: the same at --length, nothing up to L'),
     'pi': Method(stretch, False, True, 'RoPE, every frequency divided by s = length / L (Chen et al. 2023)'),
     'ntk': Method(stretch, False, True, 'RoPE, a larger base (bloc97 2023; for each length anew: emozilla 2023)'),
+    'ntk-grid': Method(ntk_grid, True, True, 'ntk for --length times the best of --grid'),
     'yarn': Method(stretch, False, True, 'RoPE, by parts, with a temperature (Peng et al. 2024)'),
     'longrope': Method(longrope, True, True, 'RoPE, a divisor for each frequency, by search (Ding et al. 2024)'),
     'none': Method(None, False, False, 'only measure the checkpoint'),
@@ -405,7 +430,7 @@ def check(args, model, env):
         return
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
         fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
-    if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length < L):
+    if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length <= L):
         fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
              f'above {L}: this one is pe={pe}')
     if args.method.endswith('-log') and args.length <= L:

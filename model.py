@@ -38,7 +38,8 @@ class GPTConfig:
     n_embd: int = 2048
     n_inner: int = 5632          # width of the SwiGLU
     pe: str = 'nope'
-    qk_norm: bool = False        # RMS-normalise q and k in each head, without a gain (DroPE, app. C)
+    qk_norm: bool | str = False  # True: RMS-normalise q and k in each head, without gains; 'full': over all heads
+                                 # together, with gains, as DroPE does (its app. C and code)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -51,6 +52,8 @@ class GPTConfig:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.pe not in ENCODINGS:
             raise ValueError(f'pe={self.pe!r} is unknown; one of {" ".join(ENCODINGS)}')
+        if self.qk_norm not in (False, True, 'full'):
+            raise ValueError(f'qk_norm={self.qk_norm!r} is unknown: False, True or full')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
@@ -205,11 +208,16 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.head_size
-        self.layer, self.qk_norm, self.eps = layer, c.qk_norm, c.norm_eps
+        self.layer, self.norm_in_heads, self.eps = layer, c.qk_norm is True, c.norm_eps
         self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
+        if c.qk_norm == 'full':
+            self.q_norm = nn.RMSNorm(self.nh * self.hs, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(self.nkv * self.hs, eps=c.norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
         # the gain belongs to the model and trains with it; 1-D, so without weight decay
         self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
         # the temperature of each query head. 1-D as well; frozen until extend.py asks
@@ -219,14 +227,14 @@ class Attention(nn.Module):
     def qkv(self, x, rope, log_len):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.nh, self.hs).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x)).view(B, T, self.nh, self.hs).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x)).view(B, T, self.nkv, self.hs).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         if slow_in_bf16(q):
             q, k, v = q.float(), k.float(), v.float()
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if self.qk_norm:                             # before the rotation would be the same: it keeps lengths
+        if self.norm_in_heads:                       # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
         q = q * self.temperature(log_len)            # by 1.0 it is the identity, bit for bit

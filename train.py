@@ -72,7 +72,9 @@ def parse_args(argv=None):
     # model: a preset, and fields of GPTConfig that differ from it
     p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny, or the checkpoint\'s)')
     p.add_argument('--pe', choices=ENCODINGS, help='position encoding (default nope)')
-    p.add_argument('--qk_norm', action=yes_no, help='normalise q and k in each head')
+    p.add_argument('--qk_norm', nargs='?', const=True, choices=('full',), help='normalise q and k in each head; '
+                   'full: over all heads together, with learned gains')
+    p.add_argument('--no-qk_norm', dest='qk_norm', action='store_false', default=None)
     p.add_argument('--qk_gain', action=yes_no, help='learn a factor on the scores of each head')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         p.add_argument(f'--{name}', type=positive_int, help='default: the preset\'s')

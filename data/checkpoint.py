@@ -110,7 +110,10 @@ def load_model(ckpt, **override):
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
     differs = [name for name in (*want, *have) if name not in have or name not in want]
-    differs = [name for name in differs if not name.startswith('pos_')]              # tables come and go with pe
+    optional = ['pos_']                              # tables come and go with pe, gains with qk_norm
+    if config.get('qk_norm') != ckpt['config'].get('qk_norm'):
+        optional += ['q_norm', 'k_norm']
+    differs = [name for name in differs if not any(part in name for part in optional)]
     for name in want.keys() & have.keys():
         if have[name].shape != want[name].shape:
             differs.append(f'{name} {tuple(have[name].shape)} for {tuple(want[name].shape)}')
@@ -128,6 +131,8 @@ def load_model(ckpt, **override):
     for name, shape in want.items():
         if name in have:
             weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
+        elif 'k_norm' in name or 'q_norm' in name:
+            weights[name] = torch.ones(shape.shape)
         else:                                        # the table of a position encoding that the checkpoint lacks
             weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
     if other_pe:

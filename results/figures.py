@@ -226,7 +226,7 @@ def entropy_rows(plan, seed, machine):
     """[(row, its entropy.csv)] of nope and rope as they are, and extended in one way for every length."""
     found = []
     for row in shown_rows(plan):
-        plain = row.run in ('nope', 'rope') and row.method != 'ntk-dynamic' and not row.train_on and not row.times
+        plain = row.run in ('nope', 'rope') and not row.each_length and not row.train_on and not row.times
         if plain:
             for file in glob.glob(f'{plan.row_folder(row, seed, machine)}/*.entropy.csv'):
                 found.append((row, file))

@@ -141,7 +141,8 @@ class Plan:
         for name in self.chain(row.run):
             parts.append((self.train_options(name, machine), self.runs[name].corpus))
         if row.method:
-            parts.append((self.extend_options(row), row.corpus))
+            each = dict(each_length=True) if row.each_length else {}
+            parts.append((self.extend_options(row) | each, row.corpus))
         if row.train_on:
             parts.append((self.train_on_options(row, machine), row.corpus))
         measured = dict(lengths=self.row_lengths(row), dtype=self.dtype) | self.measure | self.passkey
@@ -211,11 +212,11 @@ class Plan:
         """{checkpoint: the lengths that it is measured at}."""
         base, folder = self.folder(row.run, seed, machine), self.row_folder(row, seed, machine)
         lengths = self.row_lengths(row)
-        if row.method == 'ntk-dynamic':              # the static one, anew for each length
+        if row.each_length:
             ckpts = {base: [n for n in lengths if n <= self.L]}
             for n in lengths:
                 if n > self.L:
-                    ckpts[f'{folder}/ntk-{n}.pt'] = [n]
+                    ckpts[f'{folder}/{row.method}-{n}.pt'] = [n]
             return ckpts
         if row.train_on:
             return {f'{folder}/on': lengths}
@@ -232,10 +233,10 @@ class Plan:
             where = dict(ckpt=base, data=self.data(row.corpus), out=folder, eval_tokens=0)
             commands.append(self.command('extend.py', where | options))
 
-        if row.method == 'ntk-dynamic':
+        if row.each_length:
             for n in self.row_lengths(row):
                 if n > self.L:
-                    extend(self.extend_options(row) | dict(method='ntk', length=n))
+                    extend(self.extend_options(row) | dict(length=n))
         elif row.method:
             extend(self.extend_options(row))
         if row.train_on:
@@ -256,7 +257,11 @@ class Plan:
         if not self.seconds:
             return 0
         method = (row.method or '').removesuffix('-log')
-        seconds = n_commands * self.seconds['begin'] + self.seconds['measure'] + self.seconds.get(method, 0)
+        extending = self.seconds.get(method, 0)
+        if row.each_length:
+            longer = [n for n in self.row_lengths(row) if n > self.L]
+            extending *= sum(longer) / self.extended_length(row)
+        seconds = n_commands * self.seconds['begin'] + self.seconds['measure'] + extending
         if row.train_on:                             # twice the tokens of a step, four times as long rows
             seconds += row.train_on['steps'] * 3 * self.seconds['step']
         return seconds
@@ -284,11 +289,17 @@ class Plan:
 
     def cost(self, row, seed, machine):
         """What extending a row took: (tokens, seconds)."""
-        if not row.method or row.method == 'ntk-dynamic':
-            return 0, 0
         folder = self.row_folder(row, seed, machine)
-        extended = load_checkpoint(f'{folder}/{row.method}-{self.extended_length(row)}.pt')['extended']
-        tokens, seconds = extended['tokens'], extended['seconds']
+        lengths = []
+        if row.each_length:
+            lengths = [n for n in self.row_lengths(row) if n > self.L]
+        elif row.method:
+            lengths = [self.extended_length(row)]
+        tokens = seconds = 0
+        for n in lengths:
+            extended = load_checkpoint(f'{folder}/{row.method}-{n}.pt')['extended']
+            tokens += extended['tokens']
+            seconds += extended['seconds']
         if row.train_on:
             with open(f'{folder}/on/log.jsonl') as f:            # training may have been stopped and resumed in between
                 speeds = [line['tok_s'] for line in map(json.loads, f) if 'tok_s' in line]

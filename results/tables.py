@@ -22,7 +22,8 @@ class Run:
 class Row:
     """
     A row of a table: a run, extended by a method of extend.py with these options (None: the run as it is) on a corpus,
-    at `times` the training length (None: at what the scale says), and then perhaps trained on with options of train.py.
+    at `times` the training length (None: at what the scale says), or anew at each_length that it is measured at past
+    the training length, and then perhaps trained on with options of train.py.
     """
     name: str
     run: str
@@ -30,6 +31,7 @@ class Row:
     options: dict = field(default_factory=dict)
     corpus: str = 'passkey_long'
     times: float = None
+    each_length: bool = False
     train_on: dict = None
 
 
@@ -56,10 +58,17 @@ HEADLINE = [
 # ---------------------------------------------------------------------------------------------------------------------
 # further tables
 
-# DroPE: an eighth of the steps more, without RoPE
+# DroPE: an eighth of the steps more, without RoPE. As its authors do it: a base without QK-norm, which is then
+# recalibrated with theirs (SmolLM) or without (from scratch)
 WITHOUT_ROPE = dict(pe='nope', steps=200, warmup=60, min_length=64)
+PLAIN = dict(qk_norm=False, qk_gain=False)
 RUNS['drope'] = Run(WITHOUT_ROPE, start='rope')
-RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE | dict(qk_norm=False), start='rope')
+RUNS['rope-no-qk-norm'] = Run(dict(pe='rope', steps=1600) | PLAIN)
+RUNS['drope-authors'] = Run(WITHOUT_ROPE | dict(qk_norm='full'), start='rope-no-qk-norm')
+RUNS['drope-no-qk-norm'] = Run(WITHOUT_ROPE, start='rope-no-qk-norm')
+# ALiBi and T5 were published without QK-norm, whose bound on q.k lets a bias always win far away
+RUNS['alibi-no-qk-norm'] = Run(dict(pe='alibi', steps=1600) | PLAIN)
+RUNS['t5-no-qk-norm'] = Run(dict(pe='t5', steps=1600) | PLAIN)
 # the recipe without one of its parts
 RUNS['nope-no-gain'] = Run(dict(pe='nope', steps=1600, qk_gain=False))
 RUNS['nope-4-heads'] = Run(dict(pe='nope', steps=1600, n_head=4, n_kv_head=4))
@@ -86,6 +95,7 @@ ABLATIONS = HEADLINE + [
 TRAIN_ON = dict(batch_tokens=8192, micro_batch=8, optimizer='adamw', lr=3e-4, warmup=20, steps=200)
 TRAIN_ON_5X = TRAIN_ON | dict(steps=1000)
 ENCODINGS_ROWS = HEADLINE[:3] + [
+    Row('NoPE uniform, at each length', 'nope', 'uniform', each_length=True),
     Row('NoPE uniform-log', 'nope', 'uniform-log'),
     Row('NoPE head-log', 'nope', 'head-log'),
     Row('NoPE head, tuned at 2x', 'nope', 'head', times=2),
@@ -95,12 +105,17 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('learned', 'learned'),
     Row('sinusoidal', 'sinusoidal'),
     Row('T5', 't5'),
+    Row('T5, no QK-norm', 't5-no-qk-norm'),
     Row('ALiBi', 'alibi'),
+    Row('ALiBi, no QK-norm', 'alibi-no-qk-norm'),
     Row('RoPE', 'rope'),
     Row('RoPE PI', 'rope', 'pi'),
     Row('RoPE NTK', 'rope', 'ntk'),
-    Row('RoPE dynamic NTK', 'rope', 'ntk-dynamic'),
+    Row('RoPE NTK, factor from the grid', 'rope', 'ntk-grid'),
+    Row('RoPE dynamic NTK', 'rope', 'ntk', each_length=True),
     Row('RoPE YaRN', 'rope', 'yarn'),
+    Row('RoPE YaRN, set for 4x', 'rope', 'yarn', times=4),
+    Row('RoPE dynamic YaRN', 'rope', 'yarn', each_length=True),
     Row('RoPE LongRoPE', 'rope', 'longrope', dict(population=16, iterations=10)),
     Row('RoPE PI, trained on', 'rope', 'pi', train_on=TRAIN_ON),
     Row('RoPE PI, trained on 5x', 'rope', 'pi', train_on=TRAIN_ON_5X),
@@ -110,20 +125,27 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('DroPE uniform', 'drope', 'uniform'),
     Row('DroPE head', 'drope', 'head'),
     Row('DroPE head-log', 'drope', 'head-log'),
+    Row('RoPE, no QK-norm', 'rope-no-qk-norm'),
+    Row("DroPE, the authors' QK-norm", 'drope-authors'),
+    Row("DroPE uniform, the authors' QK-norm", 'drope-authors', 'uniform'),
     Row('DroPE, no QK-norm', 'drope-no-qk-norm'),
     Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
 ]
 
 # the columns of the encodings' figure
 GROUPS = {
-    'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE'],
-    'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform-log', 'NoPE head', 'NoPE head-log'],
+    'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE', 'T5, no QK-norm',
+                           'ALiBi, no QK-norm'],
+    'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform, at each length', 'NoPE uniform-log', 'NoPE head',
+                        'NoPE head-log'],
     'NoPE, tuned at 2x and 4x': ['NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x',
                                  'NoPE head, tuned at 4x', 'NoPE head-log, tuned at 4x'],
-    'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE dynamic NTK', 'RoPE YaRN', 'RoPE LongRoPE'],
+    'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE NTK, factor from the grid', 'RoPE dynamic NTK',
+                        'RoPE YaRN', 'RoPE dynamic YaRN', 'RoPE LongRoPE'],
     'RoPE, stretched and trained on': ['RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x',
                                        'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'],
     'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log',
+                          "DroPE, the authors' QK-norm", "DroPE uniform, the authors' QK-norm",
                           'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
 }
 # the rows of every other figure

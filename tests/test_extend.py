@@ -204,19 +204,22 @@ def test_micro_batches_change_nothing():
         np.testing.assert_allclose(m, made[0], atol=1e-5)
 
 
-def test_uniform_takes_the_lowest_loss(capsys):
-    model, data, args = build(), some(2000), flags()
+@pytest.mark.parametrize('length, past', [(40, 16), (12, 0)])
+def test_uniform_takes_the_lowest_loss_past_the_training_length(length, past, capsys):
+    model, data, args = build(), some(2000), flags(length=length)
     curve = extend.uniform(model, Corpus(data, 7), args, ENV).curve
     best = heads(model)[0, 0].item()
     ref = copy.deepcopy(model).double()
     for lam, loss in curve:
         for b in ref.blocks:
             b.attn.scale.fill_(lam)
-        batches = [get_batch(data, 7, 8, 40, 3, 10**9 + i) for i in range(2)]
-        want = [F.cross_entropy(ref(x)[0].flatten(0, 1), y.flatten()).item() for x, y in batches]
+        batches = [get_batch(data, 7, 8, length, 3, 10**9 + i) for i in range(2)]
+        want = [F.cross_entropy(ref(x)[0][:, past:].flatten(0, 1), y[:, past:].flatten()).item() for x, y in batches]
         assert loss == pytest.approx(sum(want) / 2, abs=1e-5)
-    assert [lam for lam, _ in curve] == args.grid and best == min(curve, key=lambda c: c[1])[0] == args.grid[0]
-    assert (heads(model) == best).all() and re.search(r' 0\.50 .*best', capsys.readouterr().out)
+    assert [lam for lam, _ in curve] == args.grid
+    assert best == min(curve, key=lambda c: c[1])[0]
+    assert (heads(model) == best).all()
+    assert re.search(rf' {best:.2f} .*best', capsys.readouterr().out)
 
 
 def test_the_grid_and_the_tuning_see_different_batches(monkeypatch):
@@ -382,7 +385,18 @@ def test_the_whole_way(pe, corpus, tmp_path):
     run(train, BATCH, f'--init_from {tmp_path}/head-{n}.pt --length {n} --steps 1 --data {corpus} --out {tmp_path}/on')
 
 
-@pytest.mark.parametrize('method', ['pi', 'ntk', 'yarn', 'longrope'])
+def test_ntk_grid_is_ntk_at_the_best_multiple_of_the_length(corpus, rope, tmp_path):
+    flags = f'{HEAD} --ckpt {rope} --data {corpus} --eval_tokens 0 --grid 1,2,4 --out {tmp_path}'
+    run(extend, flags, '--method ntk-grid')
+    found = load_checkpoint(f'{tmp_path}/ntk-grid-128.pt')
+    curve = dict(found['extended']['curve'])
+    best = min(curve, key=curve.get)
+    assert list(curve) == [1, 2, 4]
+    run(extend, flags, f'--method ntk --length {int(128 * best)}')
+    assert load_checkpoint(f'{tmp_path}/ntk-{int(128 * best)}.pt')['config'] == found['config']
+
+
+@pytest.mark.parametrize('method', ['pi', 'ntk', 'ntk-grid', 'yarn', 'longrope'])
 def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
     run(train, TINY, f'--pe rope --steps 1 --data {corpus} --out {tmp_path}')
     run(
@@ -401,11 +415,11 @@ def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
 def test_drope(corpus, tmp_path):
     """Gelberg et al. 2025: RoPE is dropped for the last eighth, then one temperature at the longer length."""
     run(train, TINY, f'--pe rope --steps 7 --data {corpus} --out {tmp_path}/rope')
-    for flag in '--qk_norm', '--no-qk_norm':
-        out = f'{tmp_path}/{flag}'
+    for flag, qk_norm in ('--qk_norm', True), ('--qk_norm full', 'full'), ('--no-qk_norm', False):
+        out = f'{tmp_path}/{flag.replace(" ", "-")}'
         run(train, BATCH, f'--init_from {tmp_path}/rope --pe nope {flag} --steps 1 --data {corpus} --out {out}')
         c = load_checkpoint(out)['config']
-        assert c['pe'] == 'nope' and c['block_size'] == 64 and c['qk_norm'] == (flag == '--qk_norm')
+        assert c['pe'] == 'nope' and c['block_size'] == 64 and c['qk_norm'] == qk_norm
         run(extend, HEAD, f'--method uniform --ckpt {out} --data {corpus}')
         run(eval_passkey, f'--ckpt {out}/uniform-128.pt --lengths 96 --depths 1 --trials 1 {CPU}')
 
@@ -687,7 +701,7 @@ def test_figures(trained, extended, corpus, tmp_path):
         '--past 99999 : no document val.bin --lengths',
         '--population 3',
         '--iterations 0',
-        *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'yarn', 'longrope')),
+        *(f'--method {m} : {m} rope nope' for m in ('pi', 'ntk', 'ntk-grid', 'yarn', 'longrope')),
     ],
 )
 def test_bad_input_of_extend(case, corpus, other, trained, tmp_path, monkeypatch):

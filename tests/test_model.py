@@ -72,9 +72,11 @@ def reference(model, idx):
         h, heads = norm(x, part['attn_norm']), []
         for a in range(c.n_head):
             g = a * c.n_kv_head // c.n_head          # the key head that query head a reads
-            q = h @ part['attn.q_proj'][a * hs:(a + 1) * hs].T
-            k, v = (h @ part[f'attn.{z}_proj'][g * hs:(g + 1) * hs].T for z in 'kv')
-            if c.qk_norm:
+            q, k, v = (h @ part[f'attn.{z}_proj'].T for z in 'qkv')
+            if c.qk_norm == 'full':                  # Gelberg et al. 2025, their code
+                q, k = norm(q, part['attn.q_norm']), norm(k, part['attn.k_norm'])
+            q, k, v = q[:, a * hs:(a + 1) * hs], k[:, g * hs:(g + 1) * hs], v[:, g * hs:(g + 1) * hs]
+            if c.qk_norm is True:
                 q, k = norm(q), norm(k)
             if c.pe == 'rope':
                 q, k = turned(q, c), turned(k, c)
@@ -97,7 +99,7 @@ def reference(model, idx):
 
 
 @every_pe
-@pytest.mark.parametrize('qk_norm', [False, True])
+@pytest.mark.parametrize('qk_norm', [False, True, 'full'])
 def test_forward_is_the_papers_equations(pe, qk_norm):
     model = heat(build(pe, qk_norm=qk_norm))
     for idx in tokens(2, span(pe)):

@@ -170,7 +170,8 @@ def test_the_scale_of_the_paper_takes_eight_gpus_and_shows_its_commands(tmp_path
 @pytest.mark.slow
 def test_the_table_of_encodings(tmp_path, in_process, monkeypatch):
     """One row of each kind: an encoding, a table that ends, each length its own NTK, training on, DroPE."""
-    names = ('NoPE head-log', 'learned', 'ALiBi', 'RoPE dynamic NTK', 'RoPE PI, trained on', 'DroPE uniform')
+    names = ('NoPE head-log', 'NoPE uniform, at each length', 'learned', 'ALiBi', 'RoPE dynamic NTK',
+             'RoPE PI, trained on', 'DroPE uniform', "DroPE, the authors' QK-norm")
     kept = [row for row in tables.TABLES['encodings']['rows'] if row.name in names]
     monkeypatch.setitem(tables.TABLES['encodings'], 'rows', kept)
     flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'

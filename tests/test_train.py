@@ -643,7 +643,8 @@ def test_bad_input(case, corpus, other, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flags', [
-    '--step 5', '--steps five', '--pe alibaba', '--preset huge', '--optimizer sgd', '--dtype fp16', '--data'])
+    '--step 5', '--steps five', '--pe alibaba', '--qk_norm half', '--preset huge', '--optimizer sgd', '--dtype fp16',
+    '--data'])
 def test_bad_flags(flags, corpus, tmp_path):
     with refused(flags.split()[0]):
         run(train, TINY, f'--steps 5 --data {corpus} --out {tmp_path}/run', flags)
