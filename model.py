@@ -213,11 +213,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
-        if c.qk_norm == 'full':
+        self.norm_all_heads = c.qk_norm == 'full'
+        if self.norm_all_heads:
             self.q_norm = nn.RMSNorm(self.nh * self.hs, eps=c.norm_eps)
             self.k_norm = nn.RMSNorm(self.nkv * self.hs, eps=c.norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
         # the gain belongs to the model and trains with it; 1-D, so without weight decay
         self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
         # the temperature of each query head. 1-D as well; frozen until extend.py asks
@@ -227,9 +226,12 @@ class Attention(nn.Module):
     def qkv(self, x, rope, log_len):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x)).view(B, T, self.nh, self.hs).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x)).view(B, T, self.nkv, self.hs).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norm_all_heads:
+            q, k = self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v)
+        q = q.view(B, T, self.nh, self.hs).transpose(1, 2)
+        k = k.view(B, T, self.nkv, self.hs).transpose(1, 2)
+        v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)
         if slow_in_bf16(q):
             q, k, v = q.float(), k.float(), v.float()
         if rope is not None:
