@@ -1,5 +1,5 @@
 """
-The network of nanoNoPE, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied)
+The network of nanoNoPE, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases)
 with a switch for the position encoding and one attention temperature for each head.
 
     model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
@@ -41,6 +41,7 @@ class GPTConfig:
     pe: str = 'nope'
     qk_norm: bool = False        # RMS-normalise q and k in each head, without a gain (DroPE, app. C)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
+    tie_embeddings: bool = False         # the head is the embedding's matrix (SmolLM, Gemma; TinyLlama has two)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
@@ -310,6 +311,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=init_std(c, name))
@@ -412,17 +415,23 @@ class GPT(nn.Module):
             new = sample(logits[:, -1].float(), temperature, top_k)
             yield new
 
-    def num_params(self):
-        """Parameters without the embedding tables, which only look up."""
+    def num_params(self, tables=True):
+        """
+        What pre-training learns, so without temperatures; a tied head counts once. tables: with those that are only
+        looked up in, and cost no arithmetic.
+        """
         total = 0
         for name, p in self.named_parameters():
-            if 'embed' not in name and name != 'pos_bias.weight':
+            looked_up = 'embed' in name or name == 'pos_bias.weight'
+            if looked_up and p is not self.lm_head.weight and not tables:
+                continue
+            if not name.endswith(('scale', 'slope')):
                 total += p.numel()
         return total
 
     def flops_per_token(self, T):
         """Training FLOPs a token at length T (PaLM, app. B): 6N + 12 n_layer n_embd T, attention not halved."""
-        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * self.num_params(tables=False) + 12 * self.config.n_layer * self.config.n_embd * T
 
 
 def sample(logits, temperature, top_k):

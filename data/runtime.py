@@ -288,7 +288,8 @@ def time_block(config, length, training):
     block_flops = 6 * (4 * config.n_embd + 3 * config.n_inner) * config.n_embd           # a token, both ways
     tokens = min(max(10**9 // block_flops, 64), 512)         # so that a small model takes 0.2 s in all
     T = min(length, tokens)
-    shape = replace(config, n_layer=1, block_size=T, vocab_size=min(config.vocab_size, config.n_embd))
+    vocab = min(config.vocab_size, config.n_embd)
+    shape = replace(config, n_layer=1, block_size=T, vocab_size=vocab, tie_embeddings=False)
     with torch.random.fork_rng(devices=[]):          # the run's own random numbers stay what they are
         model = GPT(shape)
     idx = torch.arange(tokens // T * T).view(-1, T) % shape.vocab_size

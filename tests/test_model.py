@@ -448,6 +448,28 @@ def test_tinyllama_has_its_published_size(pe):
     assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + temperatures
 
 
+def test_temperatures_are_no_parameters_and_a_tied_head_counts_once():
+    """SmolLM2-135M as published: https://huggingface.co/HuggingFaceTB/SmolLM2-135M."""
+    shape = dict(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536)
+    with torch.device('meta'):
+        tied = GPT(GPTConfig(pe='rope', tie_embeddings=True, **shape))
+        apart = GPT(GPTConfig(pe='rope', **shape))
+    assert tied.num_params() == 134_515_008
+    assert apart.num_params() == 134_515_008 + 49152 * 576
+    assert tied.flops_per_token(1) == apart.flops_per_token(1)           # the head multiplies in both
+
+
+def test_a_tied_head_learns_as_one_matrix():
+    model = build('rope', tie_embeddings=True)
+    apart = build('rope')
+    apart.load_state_dict(model.state_dict())
+    idx = torch.randint(50, (2, 17))
+    for m in model, apart:
+        m(idx[:, :-1], idx[:, 1:])[1].backward()
+    close(model.embed.weight.grad, apart.embed.weight.grad + apart.lm_head.weight.grad)
+    assert model.lm_head.weight is model.embed.weight
+
+
 @every_pe
 def test_attention_runs_on_a_fused_kernel(pe):
     model, cache = heat(build(pe)), KVCache()

@@ -7,8 +7,8 @@ A Hugging Face folder of the Llama family becomes our checkpoint, and a checkpoi
 
 In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE; config.json with model.safetensors or pytorch_model.bin,
 whole or in shards. Weights keep their own precision until a script opens them in fp32. block_size is the length before
-any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head becomes a matrix of its own. Frequencies
-here do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
+any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head stays tied, there and back. Frequencies here
+do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
 max_position_embeddings tokens, `longrope` at its long_factor.
 Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied
 into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
@@ -266,7 +266,10 @@ def read(folder, out, pe):
             check_finite_weight(name, w, file)
             model[ours[name]] = w
     if tied and 'embed.weight' in model:
-        model.setdefault('lm_head.weight', model['embed.weight'])        # in the file they stay one
+        head = model.setdefault('lm_head.weight', model['embed.weight'])
+        c.tie_embeddings = torch.equal(head, model['embed.weight'])      # some folders say tied, and hold two
+    if c.tie_embeddings:
+        model['lm_head.weight'] = model['embed.weight']                  # in the file they stay one
     missing = [name for name, k in ours.items() if k not in model]
     if missing:
         more = ' ...' if len(missing) > 3 else ''
@@ -276,11 +279,12 @@ def read(folder, out, pe):
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
     # args: what train.py --init_from looks for (whose recipe, where rows begin), and the length that it was made for.
     # Packed chunks as they come, without BOS, are what TinyLlama and the paper's models were trained on
-    args = dict(preset='tinyllama', length=longest, init_from=folder, rows='anywhere', bos=False)
+    args = dict(preset='finetune', length=longest, init_from=folder, rows='anywhere', bos=False)
     save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0,
                               seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}',
                               tokenizer_fingerprint=tokenizer_fingerprint(folder), extended=None))
-    parameters = sum(math.prod(s) for s in want.values())
+    with torch.device('meta'):
+        parameters = GPT(c).num_params()
     scaled = ', scaled RoPE' if c.rope_inv_freq else ''
     print(f'{out}: pe={c.pe}, {c.n_layer} layers, {parameters:,} parameters, training length {c.block_size}{scaled}, '
           f'tokenizer hf:{folder}')
