@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from model import GPT
 
@@ -437,6 +438,24 @@ def listen():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return heard
+
+
+LONG = 20                        # seconds: what takes less needs no announcement
+
+
+def say_time(env, began, share, shorter):
+    """
+    Once, when `share` of a work that `began` is done: how long all of it takes, where that is long, and what makes it
+    `shorter`. Goes above a progress bar.
+    """
+    seconds = (time.time() - began) / share
+    if env.master and seconds > LONG:
+        about = f'{seconds:.0f} s'
+        if seconds > 100:
+            about = f'{seconds / 60:.0f} min'
+        if seconds > 6000:
+            about = f'{seconds / 3600:.0f} h'
+        tqdm.write(f'this takes about {about}: {shorter}')
 
 
 def lr_factor(step, warmup, decay_steps):
