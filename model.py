@@ -395,15 +395,15 @@ class GPT(nn.Module):
             total = total + checkpoint(chunk, part, t, use_reentrant=False)
         return total / len(x)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
         idx (B, T) -> (B, T + max_new_tokens). This temperature is that of sampling: it divides the final logits, and 0
         takes the likeliest token. ValueError where idx holds no token: begin with BOS.
         """
-        return torch.cat([idx, *self.continuation(idx, max_new_tokens, temperature, top_k)], dim=1)
+        return torch.cat([idx, *self.continuation(idx, max_new_tokens, temperature, top_k, top_p)], dim=1)
 
     @torch.no_grad()
-    def continuation(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def continuation(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """The new tokens of generate one by one, as they come: (B, 1) each."""
         if idx.size(1) == 0:
             raise ValueError('generate goes on from at least one token: begin with BOS')
@@ -412,7 +412,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             with sdpa_kernel(DECODING):
                 logits, _ = self(new, rows=slice(-1, None), cache=cache)
-            new = sample(logits[:, -1].float(), temperature, top_k)
+            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
             yield new
 
     def num_params(self, tables=True):
@@ -434,23 +434,33 @@ class GPT(nn.Module):
         return 6 * self.num_params(tables=False) + 12 * self.config.n_layer * self.config.n_embd * T
 
 
-def sample(logits, temperature, top_k):
-    """logits (B, V) -> token ids (B, 1)."""
+def sample(logits, temperature, top_k=None, top_p=None):
+    """
+    logits (B, V) -> token ids (B, 1). top_k: of the k likeliest tokens; top_p: of the fewest likeliest that have this
+    probability together (Holtzman et al. 2020).
+    """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
+    probs = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered        # of all likelier tokens together
+        probs = probs.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0)
+    return torch.multinomial(probs, 1)
 
 
 def parse_args(argv=None):
-    from data.runtime import natural_float, parser, positive_int
+    from data.runtime import natural_float, parser, positive_int, share
     p = parser(__doc__)
     p.add_argument('ckpt', help='checkpoint file or run folder')
     p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
     p.add_argument('--max_new_tokens', type=positive_int, default=200)
     p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
+    p.add_argument('--top_k', type=positive_int, help='sample from the k likeliest tokens (default: from all)')
+    p.add_argument('--top_p', type=share, help='sample from the likeliest tokens that have this probability together')
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.set_defaults(dtype='fp32')
@@ -473,8 +483,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     print(args.prompt, end='')
     new, shown = [], 0
-    for token in model.continuation(torch.tensor([ids], device=env.device), args.max_new_tokens, args.temperature):
+    idx = torch.tensor([ids], device=env.device)
+    for token in model.continuation(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
         new.append(token.item())
+        if new[-1] in (tokenizer.eos, tokenizer.bos):            # the next document, or turn of a chat, begins
+            break
         text = tokenizer.decode(new)                 # decoded together: a character may be several tokens
         if not text.endswith('\ufffd'):              # which is half of one
             print(text[shown:], end='', flush=True)

@@ -99,6 +99,10 @@ def fraction(text):
     return number(text, float, lambda x: 0 <= x <= 1, 'between 0 and 1')
 
 
+def share(text):
+    return number(text, float, lambda x: 0 < x <= 1, 'above 0, and at most 1')
+
+
 def int_list(text):
     """'256,512' -> [256, 512]"""
     return [positive_int(part) for part in text.split(',')]

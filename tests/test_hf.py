@@ -555,6 +555,8 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
     for out, words in (tmp_path, 'ckpt.pt'), (tmp_path / 'name', 'ckpt.pt'), (tmp_path / 'there.pt', 'exists already'):
         check_refused(convert, f'{hf} {out}', f' : {words}')
     check_refused(convert, f'{hf} {tmp_path}/x.pt --pe rope', '')
+    (tmp_path / 'a.gguf').write_bytes(b'GGUF')
+    check_refused(convert, f'{tmp_path}/a.gguf {tmp_path}/x.pt', ' : a.gguf gguf_file= save_pretrained')
 
 
 def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
@@ -567,6 +569,8 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
     case('qk_norm', build(qk_norm=True))
+    for out in 'other.pt', 'hf.safetensors', 'hf.gguf':
+        case(f'{out} folder', build(), out=out)
     sloped = build()
     set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
@@ -732,6 +736,14 @@ def test_a_weight_that_is_not_finite_is_not_read(tmp_path):
     folder(tmp_path / 'hf', state, LLAMA)
     with refused('model.norm.weight', 'not finite'):
         run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+
+
+def test_what_stands_for_bos_is_said(hf, tmp_path):
+    """An Instruct model's is the beginning of a turn."""
+    folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
+    words_tokenizer(tmp_path / 'hf')
+    said = run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    assert "begin with '<s>'" in said and '--bos' in said
 
 
 def test_a_tokenizer_of_theirs(hf, tmp_path):

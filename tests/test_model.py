@@ -152,15 +152,24 @@ def test_generate_begins_with_at_least_one_token():
     assert model.generate(tokens(1, 1), 3, temperature=0).shape == (1, 4)
 
 
-@pytest.mark.parametrize('top_k', [None, 5])
-def test_generate_samples_the_tempered_distribution(top_k):
+@pytest.mark.parametrize('top_k, top_p', [(None, None), (5, None), (None, 0.6), (5, 0.6), (None, 1e-9)])
+def test_generate_samples_the_tempered_distribution(top_k, top_p):
     model, n = build(), 4000
     prompt = tokens(4)
-    drawn = model.generate(prompt.expand(n, -1), 1, temperature=0.25, top_k=top_k)[:, -1]
+    drawn = model.generate(prompt.expand(n, -1), 1, temperature=0.25, top_k=top_k, top_p=top_p)[:, -1]
     p = torch.exp(reference(model, prompt)[-1] / 0.25)
     if top_k:
         p[p.argsort()[:-top_k]] = 0
     p /= p.sum()
+    if top_p:                                        # token after token, until there are enough
+        together = 0
+        for token in p.argsort(descending=True).tolist():
+            enough = together >= top_p
+            together += p[token].item()
+            if enough:
+                p[token] = 0
+        assert (p > 0).sum() < 10
+        p /= p.sum()
     off = (drawn.bincount(minlength=50) - n * p).abs()
     assert (off <= 4 * (n * p) ** 0.5 + 4 * (p > 0)).all()               # four standard deviations of a count
 
@@ -739,12 +748,32 @@ def test_model_py_samples_the_same_text_from_the_same_seed(trained):
     assert first != other
 
 
+def test_model_py_samples_from_the_likeliest_only(trained):
+    greedy = run(model_py, [trained, PROMPT], '--temperature 0 --device cpu')
+    assert run(model_py, [trained, PROMPT], '--top_k 1 --device cpu') == greedy
+    assert run(model_py, [trained, PROMPT], '--top_p 1e-9 --device cpu') == greedy
+
+
+@pytest.mark.parametrize('name', ['eos', 'bos'])
+def test_model_py_stops_where_the_document_ends(name, trained, monkeypatch):
+    """The third new token ends it, and is not printed."""
+    tok = get_tokenizer('passkey')
+    words = tok.encode(' The sky is blue.')
+    said = [torch.tensor([[i]]) for i in [*words[:2], getattr(tok, name), *words]]
+    monkeypatch.setattr(GPT, 'continuation', lambda self, idx, n, *how: iter(said[:n]))
+    out = run(model_py, [trained, ' The grass'], '--device cpu')
+    assert out.endswith(' The grass' + tok.decode(words[:2]) + '\n')
+
+
 @pytest.mark.parametrize(
     'flags, words',
     [
         ('nowhere x', ['nowhere']),
         ('{trained} mauve', ['passkey vocabulary']),
         ('{trained} --max_new_tokens 0', ['--max']),
+        ('{trained} --top_k 0', ['--top_k']),
+        ('{trained} --top_p 0', ['--top_p']),
+        ('{trained} --top_p 1.1', ['--top_p']),
     ],
 )
 def test_model_py_refuses_what_it_cannot_do(flags, words, trained):
