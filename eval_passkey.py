@@ -14,6 +14,7 @@ of what; --resume goes on). Prompts depend on (seed, length, depth, trial) only.
 compile again.
 """
 import os
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -32,7 +33,7 @@ from data.checkpoint import (
 )
 from data.figures import accuracy, default_lengths, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
 from data.passkey.prompt import make_prompt
-from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, setup
+from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, say_time, setup
 from data.tokenizer import get_tokenizer
 
 COLUMNS = dict(length=int, depth=float, trial=int, position=int, accuracy=int, logprob=float)
@@ -155,6 +156,10 @@ def main(argv=None):
         cells = [(depth, trial) for trial in range(args.trials) for depth in range(args.depths)]
         todo[n] = [cell for cell in cells if (n, cell[0] / args.depths, cell[1]) not in done]
     total = sum(len(cells) for cells in todo.values())
+    work = sum(len(cells) * n * model.flops_per_token(n) for n, cells in todo.items())
+    env.print(f'{total:,} prompts, {args.depths * args.trials} at each of {len(lengths)} lengths from {lengths[0]:,} '
+              f'to {lengths[-1]:,} tokens')
+    began = time.time()
     with tqdm(total=total, unit='prompt', disable=not env.master, dynamic_ncols=True) as bar:
         for length, cells in todo.items():
             size = env.world * max(1, args.batch_tokens // length)
@@ -167,6 +172,9 @@ def main(argv=None):
                 rows.sort(key=lambda r: (r['length'], r['depth'], r['trial']))
                 if env.master:                       # every finished batch is safe
                     write_csv(file, rows)
+                if bar.n == 0:
+                    share = len(batch) * length * model.flops_per_token(length) / work
+                    say_time(env, began, share, 'fewer --lengths, --trials or --depths take less')
                 bar.update(len(batch))
                 bar.set_postfix_str(f'length {length}, accuracy {accuracy(rows, length):.0%}')
     how = ', decoded' if args.decode else ''

@@ -14,6 +14,7 @@ and the training length L. RoPE is also extended by slower rotation (fine-tune i
 Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and of both
   .ppl.csv      perplexity by length (.paper.ppl.csv with --protocol paper: other tokens)
   .entropy.csv  attention entropy in nats of each head in bands of positions, at the longest length
+The checkpoint's own numbers also go to <checkpoint>.measured.json: the next extension reads them there.
 """
 import argparse
 import math
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from data.checkpoint import (
     check_fits,
     find_checkpoint,
+    fingerprint,
     frozen,
     load_checkpoint,
     load_model,
@@ -38,9 +40,9 @@ from data.checkpoint import (
     save_checkpoint,
     stem,
 )
-from data.figures import default_lengths, extension_tables, plot_extension, pyplot, write_csv
+from data.figures import default_lengths, extension_tables, plot_extension, pyplot, read_json, write_csv, write_json
 from data.longrope import Candidate, search
-from data.measure import choose_windows, entropies, entropy_rows, perplexity
+from data.measure import choose_windows, entropies, entropy_rows, long_enough, perplexity
 from data.runtime import (
     check_fused,
     choose_dtype,
@@ -337,6 +339,13 @@ def best_or_float(text):
     return text if text == 'best' else positive_float(text)
 
 
+def measures(text):
+    names = text.split(',')
+    if set(names) - {'ppl', 'entropy'}:
+        raise argparse.ArgumentTypeError(f'{text!r} must be ppl, entropy, or ppl,entropy')
+    return names
+
+
 def population(text):
     return number(text, int, lambda n: n >= 4, 'a whole number, at least 4')
 
@@ -373,6 +382,8 @@ def parse_args(argv=None):
     p.add_argument('--population', type=population, default=64, help='candidates at first; later half as many new ones')
     p.add_argument('--iterations', type=positive_int, default=40, help='generations after the first')
     # measuring
+    p.add_argument('--measure', type=measures, default=['ppl', 'entropy'], help='ppl, entropy or both (default); past '
+                   '2,000 tokens the entropy takes most of the time')
     p.add_argument('--lengths', type=int_list, help='default 1/2 1 1.5 2 3 4 6 8 times the training length')
     p.add_argument('--past', type=positive_int,
                    help='tokens of a document before the first scored one, to score the same ones as another call '
@@ -401,6 +412,8 @@ def resolve(args, ckpt, config):
     args.length = args.length or 4 * config.block_size
     args.lengths = sorted(set(args.lengths or default_lengths(config)))
     args.stride = args.stride or max(1, args.lengths[0] // 2)
+    if args.eval_tokens == 0:
+        args.measure = []
     args.out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
     if args.bos is None:
         args.bos = ckpt['args'].get('bos', True)
@@ -465,15 +478,56 @@ def fit_micro_batch(args, model, tuned, env):
 
 
 def measure(model, name, docs, bos, args, env):
-    """Writes <name>.ppl.csv and <name>.entropy.csv into args.out, and returns the rows of both."""
-    paper = args.protocol == 'paper'
-    ppl = perplexity(model, docs, bos, args.lengths, args.stride, args.eval_tokens, env, args.batch_tokens, paper,
-                     args.past, args.rows)
-    entropy = entropy_rows(entropies(model, docs, args.lengths[-1], env))
-    if env.master:
-        write_csv(f'{args.out}/{name}{".paper" if paper else ""}.ppl.csv', ppl)
-        write_csv(f'{args.out}/{name}.entropy.csv', entropy)
+    """-> the rows of perplexity and those of entropy, none of what --measure leaves out. Writes their csv."""
+    ppl, entropy = [], []
+    lengths = f'{args.lengths[0]:,} to {args.lengths[-1]:,} tokens'
+    if 'ppl' in args.measure:
+        env.print(f'{name}: perplexity at {len(args.lengths)} lengths, {lengths}, on {args.eval_tokens:,} tokens each')
+        ppl = perplexity(model, docs, bos, args.lengths, args.stride, args.eval_tokens, env, args.batch_tokens,
+                         args.protocol == 'paper', args.past, args.rows)
+    if 'entropy' in args.measure:
+        env.print(f'{name}: attention entropy on up to 4 documents of {args.lengths[-1]:,} tokens')
+        entropy = entropy_rows(entropies(model, docs, args.lengths[-1], env))
+    write_measured(name, ppl, entropy, args, env)
     return ppl, entropy
+
+
+def write_measured(name, ppl, entropy, args, env):
+    """<name>.ppl.csv and <name>.entropy.csv in args.out, as far as there are rows."""
+    paper = '.paper' if args.protocol == 'paper' else ''
+    if env.master and ppl:
+        write_csv(f'{args.out}/{name}{paper}.ppl.csv', ppl)
+    if env.master and entropy:
+        write_csv(f'{args.out}/{name}.entropy.csv', entropy)
+
+
+def measure_base(model, docs, bos, meta, args, env):
+    """
+    measure() of --ckpt itself, once for all its extensions: beside the csv is a file that has the rows and what made
+    them. Only --method none measures in any case.
+    """
+    name = stem(args.ckpt)
+    file = f'{args.out}/{name}.measured.json'
+    made_by = dict(checkpoint=fingerprint(args.ckpt), data=meta['val']['sha256'], bos=bos, dtype=env.dtype)
+    for flag in 'lengths', 'stride', 'eval_tokens', 'protocol', 'past', 'rows':
+        made_by[flag] = getattr(args, flag)
+
+    kept = env.broadcast(read_json(file)) or {}      # all processes must decide alike
+    alike = kept.get('made_by') == made_by and all(kept[what] for what in args.measure)
+    if alike and args.method != 'none':
+        env.print(f'{args.ckpt} was measured before: its numbers are those of {file}')
+        rows = {what: kept[what] if what in args.measure else [] for what in ('ppl', 'entropy')}
+        write_measured(name, **rows, args=args, env=env)
+        return rows['ppl'], rows['entropy']
+    ppl, entropy = measure(model, name, docs, bos, args, env)
+    if env.master:
+        write_json(file, dict(made_by=made_by, ppl=ppl, entropy=entropy))
+    return ppl, entropy
+
+
+def as_trained(model):
+    """No temperature and no frequency is another than in training."""
+    return bool((heads(model) == 1).all()) and not heads(model, 'slope').any() and not model.config.rope_inv_freq
 
 
 def main(argv=None):
@@ -505,8 +559,10 @@ def main(argv=None):
     corpus = open_corpus(args, meta, bos, why, env)
     docs = documents(val, meta, 'val')
     paper = args.protocol == 'paper'
-    if args.eval_tokens:                             # too short a val.bin is known before the work
+    if 'ppl' in args.measure:                        # too short a val.bin is known before the work
         choose_windows(docs, args.lengths, args.stride, 1, paper, args.past, args.rows)
+    if 'entropy' in args.measure:
+        long_enough(docs, args.lengths[-1])
     args.micro_batch = fit_micro_batch(args, model, tuned, env)
     need = 0
     if tuned and env.device == 'cpu':
@@ -514,9 +570,9 @@ def main(argv=None):
     preflight(args.out, 8 * sum(p.numel() for p in model.parameters()), need)
 
     results = {}                                     # {name: (rows of perplexity, rows of entropy)}
-    if args.eval_tokens:
-        name = stem(args.ckpt)
-        results[name] = measure(model, name, docs, bos, args, env)
+    if args.measure:
+        base = measure_base(model, docs, bos, meta, args, env)
+        results[stem(args.ckpt)] = base
     if args.method != 'none':
         began = time.time()
         record = method.run(model, corpus, args, env)
@@ -526,7 +582,11 @@ def main(argv=None):
         if env.master:
             save(f'{args.out}/{name}.pt', ckpt, model, meta, record, tokens, seconds, args)
         env.print(f'{args.out}/{name}.pt: {tokens:,} tokens, {seconds:.0f} s')
-        if args.eval_tokens:
+        if args.measure and as_trained(model):
+            env.print(f'{name} is the checkpoint as it was: its numbers are too')
+            write_measured(name, *base, args, env)
+            results[name] = base
+        elif args.measure:
             results[name] = measure(model, name, docs, bos, args, env)
     if results:
         rule = None
@@ -547,7 +607,8 @@ def save(path, ckpt, model, meta, record, tokens, seconds, args):
     for name, value in model.state_dict().items():
         if name.endswith(('scale', 'slope')):
             weights[name] = value.cpu()
-    extended = dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=meta['train']['sha256'],
+    read = meta['train']['sha256'] if METHODS[args.method].reads_corpus else None
+    extended = dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=read,
                     heads=heads(model).tolist(), slopes=heads(model, 'slope').tolist(),
                     curve=record.curve, losses=record.losses, tokens=tokens, seconds=seconds)
     save_checkpoint(path, dict(ckpt, model=weights, config=asdict(model.config), extended=extended))

@@ -1,5 +1,5 @@
 """
-The network, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases, untied) with a switch for
+The network, whole: a TinyLlama decoder (RMSNorm, SwiGLU, grouped-query attention, no biases) with a switch for
 the position encoding and an attention temperature lambda for each head, in units of 1/sqrt(head size):
 
     alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
@@ -41,6 +41,7 @@ class GPTConfig:
     qk_norm: bool | str = False  # True: RMS-normalise q and k in each head, without gains; 'full': over all heads
                                  # together, with gains, as DroPE does (its app. C and code)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
+    tie_embeddings: bool = False         # the head is the embedding's matrix (SmolLM, Gemma; TinyLlama has two)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
@@ -314,6 +315,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=init_std(c, name))
@@ -396,15 +399,15 @@ class GPT(nn.Module):
             total = total + checkpoint(chunk, part, t, use_reentrant=False)
         return total / len(x)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
         idx (B, T) -> (B, T + max_new_tokens). This temperature is that of sampling: it divides the final logits, and 0
         takes the likeliest token. ValueError where idx holds no token: begin with BOS.
         """
-        return torch.cat([idx, *self.continuation(idx, max_new_tokens, temperature, top_k)], dim=1)
+        return torch.cat([idx, *self.continuation(idx, max_new_tokens, temperature, top_k, top_p)], dim=1)
 
     @torch.no_grad()
-    def continuation(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def continuation(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """The new tokens of generate one by one, as they come: (B, 1) each."""
         if idx.size(1) == 0:
             raise ValueError('generate goes on from at least one token: begin with BOS')
@@ -413,30 +416,44 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             with sdpa_kernel(DECODING):
                 logits, _ = self(new, rows=slice(-1, None), cache=cache)
-            new = sample(logits[:, -1].float(), temperature, top_k)
+            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
             yield new
 
-    def num_params(self):
-        """Parameters without the embedding tables, which only look up."""
+    def num_params(self, tables=True):
+        """
+        What pre-training learns, so without temperatures; a tied head counts once. tables: with those that are only
+        looked up in, and cost no arithmetic.
+        """
         total = 0
         for name, p in self.named_parameters():
-            if 'embed' not in name and name != 'pos_bias.weight':
+            looked_up = 'embed' in name or name == 'pos_bias.weight'
+            if looked_up and p is not self.lm_head.weight and not tables:
+                continue
+            if not name.endswith(('scale', 'slope')):
                 total += p.numel()
         return total
 
     def flops_per_token(self, T):
         """Training FLOPs a token at length T (PaLM, app. B): 6N + 12 n_layer n_embd T, attention not halved."""
-        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * self.num_params(tables=False) + 12 * self.config.n_layer * self.config.n_embd * T
 
 
-def sample(logits, temperature, top_k):
-    """logits (B, V) -> token ids (B, 1)."""
+def sample(logits, temperature, top_k=None, top_p=None):
+    """
+    logits (B, V) -> token ids (B, 1). top_k: of the k likeliest tokens; top_p: of the fewest likeliest that have this
+    probability together (Holtzman et al. 2020).
+    """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
+    probs = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered        # of all likelier tokens together
+        probs = probs.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0)
+    return torch.multinomial(probs, 1)
 
 
 if __name__ == '__main__':

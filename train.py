@@ -56,6 +56,10 @@ RECIPES = dict(
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
     tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, eval_tokens=2**16, micro_batch=8,
                    rows='anywhere', optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
+    # no preset: what --init_from a converted checkpoint takes. Learning rate, steps and warm-up are those with which
+    # Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama
+    finetune=dict(steps=400, batch_tokens=2**16, eval_tokens=2**14, micro_batch=1, rows='anywhere',
+                  optimizer='adamw', lr=2e-5, muon_lr=2e-5, warmup=20),
 )
 
 
@@ -156,6 +160,8 @@ def main(argv=None):
     def save():
         if env.master and not run.benchmark:
             weights = {name: tensor.cpu() for name, tensor in raw.state_dict().items()}
+            if raw.config.tie_embeddings:            # in the file they stay one
+                weights['lm_head.weight'] = weights['embed.weight']
             save_checkpoint(f'{run.out}/ckpt.pt', dict(
                 model=weights, config=asdict(raw.config), optimizer=[opt.state_dict() for opt in opts], step=step,
                 tokens=step * run.batch_tokens, seed=run.seed, args=vars(run), fingerprint=meta['train']['sha256'],
@@ -179,7 +185,10 @@ def main(argv=None):
             if step != saved:
                 save()
                 saved = step
-            log.validation(step, validate(raw, val_data, bos, run, env, val_docs), saved)
+            val_loss = validate(raw, val_data, bos, run, env, val_docs, log, stop)
+            if val_loss is None:
+                leave(stop.signal, save, step, run, env)             # --resume validates again
+            log.validation(step, val_loss, saved)
         if step == run.steps:
             break
 
@@ -190,8 +199,10 @@ def main(argv=None):
                 group['lr'] = lr * factor
 
         loss_sum = torch.zeros((), device=env.device)
-        for i, (x, y) in enumerate(batch):
+        bar = log.bar(batch, f'step {step + 1:,}')
+        for i, (x, y) in enumerate(bar):
             if i > 0 and stop.signal and env.world == 1:
+                bar.close()
                 leave(stop.signal, save, step, run, env)             # --resume makes the unfinished step again
             with accumulating(model, i == len(batch) - 1):
                 with env.autocast():
@@ -251,14 +262,21 @@ def row_length(step, run):
 
 
 @torch.no_grad()
-def validate(model, data, bos, run, env, docs=None):
-    """Mean loss in nats over fixed, evenly spaced rows, shared out to all processes."""
+def validate(model, data, bos, run, env, docs, log, stop):
+    """
+    Mean loss in nats over fixed, evenly spaced rows, shared out to all processes. None where a process that is alone
+    has heard a signal.
+    """
     T = run.length
     own = spaced_rows(data, T, run.eval_tokens, docs)[env.rank::env.world]
     if docs is not None:
         bos = None                                   # a document has its own
     total = torch.zeros(2, dtype=torch.float64)      # of loss, of rows
-    for i in range(0, len(own), run.micro_batch):
+    bar = log.bar(range(0, len(own), run.micro_batch), 'validation')
+    for i in bar:
+        if stop.signal and env.world == 1:
+            bar.close()
+            return None
         x = anchor([data[start:start + T + 1] for start in own[i:i + run.micro_batch]], bos).to(env.device)
         with env.autocast():
             loss = model(x[:, :-1], x[:, 1:])[1]

@@ -125,12 +125,12 @@ def load_model(ckpt, **override):
         check_finite_weight(name, tensor, 'the checkpoint')
 
     # the checkpoint's tensors themselves, so that memory holds them once. Those of a converted one may be in half
-    # precision, or the head's may be the embedding's
-    tied = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
+    # precision, or the head's may be the embedding's although they learn apart
+    shared = 'lm_head.weight' in have and have['lm_head.weight'].data_ptr() == have['embed.weight'].data_ptr()
     weights = {}
     for name, shape in want.items():
         if name in have:
-            weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
+            weights[name] = have[name].detach().to(shape.dtype, copy=shared and name == 'lm_head.weight')
         elif 'k_norm' in name or 'q_norm' in name:
             weights[name] = torch.ones(shape.shape)
         else:                                        # the table of a position encoding that the checkpoint lacks
@@ -140,6 +140,8 @@ def load_model(ckpt, **override):
             if name.endswith(('scale', 'slope')):
                 weights[name] = torch.full_like(weights[name], float(name.endswith('scale')))
     model.load_state_dict(weights, assign=True)
+    if model.config.tie_embeddings:                  # assigning has given each a parameter of its own
+        model.lm_head.weight = model.embed.weight
     return model
 
 
@@ -156,6 +158,8 @@ def frozen(model, env):
     """
     model.eval().requires_grad_(False)
     if env.dtype == 'bf16':
+        if model.config.tie_embeddings:              # autocast casts the head, but looks up in fp32
+            model.lm_head.weight = torch.nn.Parameter(model.embed.weight.clone(), requires_grad=False)
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(torch.bfloat16)

@@ -135,10 +135,22 @@ def entropy_by_position(rows):
 
 def extension_tables(results, block_size, rule=None):
     """
-    A table of perplexity by length and one of entropy by position, as text. rule: by which each length has tokens of
-    its own; None where they are the same at every length.
+    A table of perplexity by length and one of entropy by position, as text, as far as there are rows. rule: by which
+    each length has tokens of its own; None where they are the same at every length.
     """
-    ppl = [rows for rows, _ in results.values()]
+    ppl = {name: rows for name, (rows, _) in results.items() if rows}
+    entropy = {name: entropy_by_position(rows) for name, (_, rows) in results.items() if rows}
+    lines = []
+    if ppl:
+        lines += perplexity_table(ppl, block_size, rule)
+    if entropy:
+        lines += entropy_table(entropy, block_size)
+    return '\n'.join(lines)
+
+
+def perplexity_table(results, block_size, rule):
+    """results: {name: rows of its ppl.csv}"""
+    ppl = list(results.values())
     scored = [f'{r["tokens"]:,} tokens of {r["docs"]} documents' for r in ppl[0]]
     where = f'{rule}: other tokens at each length' if rule else f'the same {scored[0]} at every length'
     lines = [f'\nperplexity: windows of the length named, stride {ppl[0][0]["stride"]}, {where}',
@@ -148,9 +160,14 @@ def extension_tables(results, block_size, rule=None):
         lines.append(f'{r["length"]:>8} {r["length"] / block_size:>5g}x   {cells}')
         if rule:
             lines[-1] += f'   {scored[i]}'
-    lines.append('\nattention entropy in nats, mean over heads (least to most diffuse head)')
-    lines.append(' to position      ' + ''.join(f'{name:>22}' for name in results) + '      uniform attention')
-    by_position = [entropy_by_position(rows) for _, rows in results.values()]
+    return lines
+
+
+def entropy_table(results, block_size):
+    """results: {name: {position: the entropies of all heads}}"""
+    lines = ['\nattention entropy in nats, mean over heads (least to most diffuse head)',
+             ' to position      ' + ''.join(f'{name:>22}' for name in results) + '      uniform attention']
+    by_position = list(results.values())
     for position in sorted(by_position[0])[3::4]:    # every fourth band
         cells = ''
         for found in by_position:
@@ -158,13 +175,13 @@ def extension_tables(results, block_size, rule=None):
             text = f'{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})'
             cells += f'{text:>22}'
         lines.append(f'{position:>8} {position / block_size:>5g}x   {cells}{math.log(position):>23.2f}')
-    return '\n'.join(lines)
+    return lines
 
 
 def plot_extension(results, grid, title, block_size, file):
     """grid (n_layer, n_head): the temperatures, or their slopes."""
     fig, (left, middle, right) = pyplot(file).subplots(1, 3, figsize=(14, 4), layout='constrained')
-    for name, (ppl, entropy) in results.items():
+    for name, (ppl, entropy) in results.items():     # --measure may have left one of them out
         left.plot([r['length'] for r in ppl], [r['ppl'] for r in ppl], marker='o', label=name)
         found = entropy_by_position(entropy)
         middle.plot(list(found), [sum(v) / len(v) for v in found.values()], label=name)

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.runtime import fail
 
@@ -45,7 +46,7 @@ class Log:
         mfu = 'no MFU: no published peak for this device'
         if self.peak:
             mfu = f'MFU of {self.peak / 1e12:.0f} TFLOP/s'
-        env.print(f'{model.config.pe}, {sum(p.numel() for p in model.parameters()):,} parameters, training length '
+        env.print(f'{model.config.pe}, {model.num_params():,} parameters, training length '
                   f'{model.config.block_size}; {run.optimizer}, compile {"on" if compiled else "off"}; '
                   f'{self.flops / 1e6:,.1f} MFLOP a token (6N + 12 n_layer n_embd T); {mfu}')
 
@@ -70,6 +71,12 @@ class Log:
         row = dict(step=step, tokens=step * self.run.batch_tokens, val_loss=val_loss)
         self.write(row, f'step {step:,}/{self.run.steps:,} | val loss {val_loss:.4f}', saved)
         self.restart(step)
+
+    def bar(self, parts, what):
+        """Progress inside a step or a validation, gone after it; where steps take seconds, as the first one may."""
+        quick = self.times and self.times[-1] < 2000
+        return tqdm(parts, desc=what, leave=False, mininterval=1, disable=quick or not self.env.master,
+                    dynamic_ncols=True)
 
     def begin_step(self):
         self.step_began = time.time()

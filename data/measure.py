@@ -2,13 +2,14 @@
 Perplexity by length and the entropy of attention, of any model.
 """
 import math
+import time
 from itertools import islice
 from operator import itemgetter
 
 import torch
 from tqdm import tqdm
 
-from data.runtime import fail
+from data.runtime import fail, say_time
 from data.tokens import anchor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,6 +90,8 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
     if paper or rows == 'documents':
         bos = None                                   # a window is as it comes
     out = []
+    work = {n: len(ends) * n * model.flops_per_token(n) for n, ends in at.items()}
+    began = time.time()
     bar = tqdm(total=sum(n * len(ends) for n, ends in at.items()), unit='tok', unit_scale=True, desc='perplexity',
                disable=not env.master, leave=False, dynamic_ncols=True)
     for length, ends in at.items():
@@ -100,6 +103,9 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
             with env.autocast():
                 loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
             total += loss.item() * len(w) * stride
+            if bar.n == 0:
+                done = len(w) * env.world / len(ends) * work[length]
+                say_time(env, began, done / sum(work.values()), 'fewer --lengths or --eval_tokens take less')
             bar.update(len(w) * length * env.world)
         scored = len(ends) * stride
         nll = env.sum(total).item() / scored
@@ -107,6 +113,14 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
         out.append(dict(length=length, stride=stride, docs=n_docs, tokens=scored, nll=nll, ppl=math.exp(nll)))
     bar.close()
     return out
+
+
+def long_enough(docs, T):
+    """The documents that have T tokens, of which there must be one."""
+    found = [doc for doc in docs if len(doc) >= T]
+    if not found:
+        too_short(docs, f'has {T:,} tokens', '--lengths')
+    return found
 
 
 def attention_entropy(q, k, block=256, bias=None):
@@ -133,7 +147,7 @@ def attention_entropy(q, k, block=256, bias=None):
 @torch.inference_mode()
 def entropies(model, docs, T, env, samples=4):
     """-> (n_layer, n_head, T): mean over the first T tokens of up to `samples` documents, shared by all processes."""
-    docs = [doc for doc in docs if len(doc) >= T][:samples]
+    docs = long_enough(docs, T)[:samples]
     total = torch.zeros(model.config.n_layer, model.config.n_head, T, device=env.device)
     found = []
 
@@ -141,12 +155,16 @@ def entropies(model, docs, T, env, samples=4):
         q, k, _ = attn.qkv(*x, given['rope'], given['log_len'])
         found.append(attention_entropy(q, k, bias=given['mask']))
 
+    own = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)
+    began = time.time()
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
-    for doc in docs[env.rank::env.world]:
+    for i, doc in enumerate(own):
         found.clear()
         with env.autocast():
             model(anchor([doc[:T]], None).to(env.device), rows=slice(-1, None))
         total += torch.stack(found)
+        if i == 0:
+            say_time(env, began, env.world / len(docs), 'shorter --lengths take less, --measure ppl leaves it out')
     for hook in hooks:
         hook.remove()
     return env.sum(total).cpu() / len(docs)

@@ -114,6 +114,9 @@ def split_batch(run, env):
     if accumulated == 0 or run.batch_tokens != accumulated * env.world * run.micro_batch * run.length:
         fail(f'--batch_tokens {run.batch_tokens} must be a multiple of length {run.length} x {env.world} processes '
              f'x --micro_batch {run.micro_batch}')
+    if run.preset == 'finetune':
+        env.print(f'the fine-tuning recipe of a converted checkpoint: {run.steps:,} steps, lr {run.lr:g}, warm-up '
+                  f'{run.warmup} (--steps, --lr, --batch_tokens change it; --preset tinyllama pre-trains as the paper)')
     shorter = f'; in some steps more rows, of {run.min_length} tokens up' if run.min_length < run.length else ''
     env.print(f'{run.batch_tokens:,} tokens a step = {env.world} processes x {accumulated} accumulated '
               f'x {run.micro_batch} rows x {run.length} tokens{shorter}')

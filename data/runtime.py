@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from model import GPT
 
@@ -96,6 +97,10 @@ def natural_float(text):
 
 def fraction(text):
     return number(text, float, lambda x: 0 <= x <= 1, 'between 0 and 1')
+
+
+def share(text):
+    return number(text, float, lambda x: 0 < x <= 1, 'above 0, and at most 1')
 
 
 def int_list(text):
@@ -288,7 +293,8 @@ def time_block(config, length, training):
     block_flops = 6 * (4 * config.n_embd + 3 * config.n_inner) * config.n_embd           # a token, both ways
     tokens = min(max(10**9 // block_flops, 64), 512)         # so that a small model takes 0.2 s in all
     T = min(length, tokens)
-    shape = replace(config, n_layer=1, block_size=T, vocab_size=min(config.vocab_size, config.n_embd))
+    vocab = min(config.vocab_size, config.n_embd)
+    shape = replace(config, n_layer=1, block_size=T, vocab_size=vocab, tie_embeddings=False)
     with torch.random.fork_rng(devices=[]):          # the run's own random numbers stay what they are
         model = GPT(shape)
     idx = torch.arange(tokens // T * T).view(-1, T) % shape.vocab_size
@@ -436,6 +442,24 @@ def listen():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return heard
+
+
+LONG = 20                        # seconds: what takes less needs no announcement
+
+
+def say_time(env, began, share, shorter):
+    """
+    Once, when `share` of a work that `began` is done: how long all of it takes, where that is long, and what makes it
+    `shorter`. Goes above a progress bar.
+    """
+    seconds = (time.time() - began) / share
+    if env.master and seconds > LONG:
+        about = f'{seconds:.0f} s'
+        if seconds > 100:
+            about = f'{seconds / 60:.0f} min'
+        if seconds > 6000:
+            about = f'{seconds / 3600:.0f} h'
+        tqdm.write(f'this takes about {about}: {shorter}')
 
 
 def lr_factor(step, warmup, decay_steps):

@@ -4,7 +4,7 @@ Prints how a checkpoint goes on with a text: python model.py out/nope "What is t
 import torch
 
 from data.checkpoint import frozen, load_checkpoint, load_model
-from data.runtime import fail, natural_float, parser, positive_int, setup
+from data.runtime import fail, natural_float, parser, positive_int, setup, share
 from data.tokenizer import get_tokenizer
 
 
@@ -14,6 +14,8 @@ def parse_args(argv=None):
     p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
     p.add_argument('--max_new_tokens', type=positive_int, default=200)
     p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
+    p.add_argument('--top_k', type=positive_int, help='sample from the k likeliest tokens (default: from all)')
+    p.add_argument('--top_p', type=share, help='sample from the likeliest tokens that have this probability together')
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.set_defaults(dtype='fp32')
@@ -32,8 +34,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     print(args.prompt, end='')
     new, shown = [], 0
-    for token in model.continuation(torch.tensor([ids], device=env.device), args.max_new_tokens, args.temperature):
+    idx = torch.tensor([ids], device=env.device)
+    for token in model.continuation(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
         new.append(token.item())
+        if new[-1] in (tokenizer.eos, tokenizer.bos):            # the next document, or turn of a chat, begins
+            break
         text = tokenizer.decode(new)                 # decoded together: a character may be several tokens
         if not text.endswith('\ufffd'):              # which is half of one
             print(text[shown:], end='', flush=True)

@@ -141,7 +141,7 @@ def open_data(path, split):
         fail(f'{file} holds {size:,} bytes, but its meta.json says {n:,} tokens of {dtype.itemsize}: '
              'prepare the data again')
     if n == 0:
-        fail(f'{file} is empty: prepare the data again from more text')
+        fail(f'{file} is empty: prepare the data again from more text, with --val below 1')
     data = Tokens(file, dtype, 0, n)
     # all of a small file; of one that would take minutes, 64 places
     for i in range(0, n, max(READ_AT_ONCE, n // 64)):

@@ -291,7 +291,7 @@ def expected(what, n, shape):
     flops = n * model.flops_per_token(n)
     if what == 'entropy':                            # takes the scores a second time
         flops += 6 * shape['n_layer'] * shape['n_embd'] * n * n
-    return flops, model.num_params()
+    return flops, model.num_params(tables=False)
 
 
 def smaller(row, rows):

@@ -23,14 +23,15 @@ from conftest import (
     set_heads,
     started,
     table,
+    write_corpus,
 )
 
 import eval_passkey
 import extend
 import train
-from data import measure
+from data import measure, runtime
 from data.checkpoint import frozen, load_checkpoint, load_model
-from data.figures import read_csv
+from data.figures import read_csv, read_json, write_json
 from data.longrope import N_HAT, Candidate, search
 from data.runtime import Env
 from data.tokens import get_batch, open_data
@@ -460,6 +461,7 @@ def test_every_length_scores_the_same_tokens(stride, asked, bos):
         assert torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
         seen.setdefault(whole.size(1), []).append(y.flatten())
         return None, torch.tensor(1.0)
+    model.flops_per_token = lambda T: T
     got = measure.perplexity(model, docs, bos, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
     assert list(seen) == [21, 48, 96]                # a window is exactly the length named
     scored = [torch.cat(s).sort()[0] for s in seen.values()]
@@ -595,12 +597,105 @@ def test_entropy_of_short_lengths(trained, corpus, tmp_path):
     assert all(math.isfinite(r[3]) and 1 <= r[2] <= 20 for r in rows)
 
 
+def count(monkeypatch):
+    """-> a list that grows by 'ppl' or 'entropy' with each measurement of either."""
+    calls = []
+    for what, name in ('ppl', 'perplexity'), ('entropy', 'entropies'):
+        def counted(*args, what=what, real=getattr(extend, name), **named):
+            calls.append(what)
+            return real(*args, **named)
+        monkeypatch.setattr(extend, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize('what, files', [('ppl', ['ckpt.ppl.csv']), ('entropy', ['ckpt.entropy.csv'])])
+def test_what_is_not_asked_for_is_not_measured(what, files, trained, corpus, tmp_path, monkeypatch):
+    calls = count(monkeypatch)
+    flags = f'--method none --lengths 64,96 --eval_tokens 500 --ckpt {trained} --data {corpus} {CPU}'
+    said = run(extend, flags, f'--measure {what} --out {tmp_path}')
+    assert calls == [what]
+    assert sorted(f for f in os.listdir(tmp_path) if f.endswith('.csv')) == files
+    assert ('perplexity: windows' in said) == (what == 'ppl')
+    assert ('attention entropy' in said) == (what == 'entropy')
+
+
+def test_the_checkpoint_is_measured_once_for_its_extensions(rope, trained, corpus, tmp_path, monkeypatch):
+    calls = count(monkeypatch)
+    flags = f'--ckpt {rope} --lengths 64,96 --eval_tokens 500 --out {tmp_path} {CPU} --data {corpus} --length 128'
+    first = run(extend, flags, '--method pi')
+    again = run(extend, flags, '--method pi')
+    assert calls == 2 * ['ppl', 'entropy'] + ['ppl', 'entropy']          # checkpoint and extension, then this one alone
+    assert 'measured before' in again
+    assert again[again.index('perplexity:'):] == first[first.index('perplexity:'):]
+    run(extend, flags, '--method yarn --measure ppl')
+    assert calls[6:] == ['ppl']
+    # whatever makes other numbers
+    longer = write_corpus(str(tmp_path / 'longer'), seed=1)
+    for change in '--lengths 64,80', '--eval_tokens 400', '--stride 16', '--no-bos', f'--data {longer}', \
+            f'--ckpt {trained} --method uniform --grid 1.5 --grid_batches 1 --batch 1':
+        del calls[:]
+        run(extend, flags, '--method pi --measure ppl', change)
+        assert calls == ['ppl', 'ppl'], change
+    del calls[:]
+    run(extend, flags, '--method none --measure ppl')                    # nothing else is asked for
+    run(extend, flags, '--method none --measure ppl')
+    assert calls == ['ppl', 'ppl']
+
+
+def test_long_measurements_are_announced(trained, corpus, tmp_path, monkeypatch):
+    """What, how long by the first batch, and what makes it shorter."""
+    flags = f'--ckpt {trained} --lengths 64,96 --out {tmp_path} {CPU}'
+    measure = f'--method none --eval_tokens 500 --data {corpus}'
+    assert 'this takes' not in run(extend, flags, measure)
+    monkeypatch.setattr(runtime, 'LONG', 0)
+    said = run(extend, flags, measure)
+    assert 'ckpt: perplexity at 2 lengths, 64 to 96 tokens, on 500 tokens each\nthis takes about' in said
+    assert 'ckpt: attention entropy on up to 4 documents of 96 tokens\nthis takes about' in said
+    assert said.count('this takes about') == 2 and '--eval_tokens' in said and '--measure ppl' in said
+    said = run(eval_passkey, f'--ckpt {trained} --lengths 80,96 --depths 2 --trials 2 --out {tmp_path} {CPU}')
+    assert '8 prompts, 4 at each of 2 lengths from 80 to 96 tokens\nthis takes about' in said
+    assert said.count('this takes about') == 1 and '--trials' in said
+
+
+@pytest.mark.parametrize('damage', ['', '{"made_by": ', '[]'])
+def test_a_damaged_measurement_is_made_again(damage, rope, corpus, tmp_path):
+    flags = f'--ckpt {rope} --lengths 64,96 --eval_tokens 500 --out {tmp_path} {CPU} --data {corpus} --length 128'
+    first = run(extend, flags, '--method pi --measure ppl')
+    (tmp_path / 'ckpt.measured.json').write_text(damage)
+    again = run(extend, flags, '--method pi --measure ppl')
+    assert 'measured before' not in again
+    assert again[again.index('perplexity:'):] == first[first.index('perplexity:'):]
+
+
+@pytest.mark.parametrize('method', ['uniform', 'uniform-log'])
+def test_an_extension_that_changes_nothing_is_not_measured_again(method, trained, corpus, tmp_path, monkeypatch):
+    calls = count(monkeypatch)
+    flags = f'--method {method} --grid 1 --grid_batches 1 --batch 1 --length 128 --lengths 64,96 --eval_tokens 500'
+    said = run(extend, flags, f'--ckpt {trained} --data {corpus} --out {tmp_path} {CPU}')
+    assert calls == ['ppl', 'entropy']
+    assert f'{method}-128 is the checkpoint as it was' in said
+    for what in 'ppl', 'entropy':
+        assert table(tmp_path / f'{method}-128.{what}.csv') == table(tmp_path / f'ckpt.{what}.csv')
+
+
+@pytest.mark.parametrize('method', ['pi', 'ntk', 'yarn'])
+def test_a_formula_needs_no_training_text(method, rope, corpus, tmp_path):
+    data = shutil.copytree(corpus, tmp_path / 'data')
+    os.remove(data / 'train.bin')
+    meta = read_json(data / 'meta.json')
+    del meta['train']
+    write_json(data / 'meta.json', meta)
+    run(extend, f'--method {method} --ckpt {rope} --data {data} --out {tmp_path} --eval_tokens 0 {CPU}')
+    assert load_checkpoint(f'{tmp_path}/{method}-256.pt')['extended']['data_fingerprint'] is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what the scripts write, and what opens it
 
 def test_files(extended, trained, corpus, tmp_path):
     assert sorted(os.listdir(extended)) == [
         'ckpt.entropy.csv',
+        'ckpt.measured.json',
         'ckpt.ppl.csv',
         'head-128.entropy.csv',
         'head-128.ppl.csv',
@@ -695,6 +790,8 @@ def test_figures(trained, extended, corpus, tmp_path):
         '--lr nan',
         '--seed -1',
         '--eval_tokens -1',
+        '--measure loss',
+        '--measure entropy --lengths 64,9000 : 9,0 val.bin --lengths',
         '--past 0',
         '--past 127 : --past 127 128',
         '--past 200 --protocol paper : --past',

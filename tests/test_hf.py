@@ -18,10 +18,11 @@ from test_tokenizer import words_tokenizer
 
 import extend
 import train
-from data.checkpoint import load_checkpoint, load_model, save_checkpoint
+from data.checkpoint import frozen, load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
+from data.runtime import Env
 from data.tokenizer import get_tokenizer
-from data.tokens import open_data
+from data.tokens import open_data, write_data
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 STRETCHED = dict(pi=pi, ntk=ntk, yarn=yarn)
@@ -202,6 +203,60 @@ def test_a_tied_head_and_half_precision(tmp_path):
     assert torch.equal(logits(tmp_path / 'ckpt.pt', tokens(2, 9)), model(tokens(2, 9))[0])
 
 
+def test_a_tied_head_stays_tied_in_training_and_export(saved, tmp_path):
+    """One matrix in memory, in the file and in the folder; a stopped run goes on bit for bit."""
+    write_data(tmp_path / 'data', get_tokenizer('bytes'), {s: [list(range(200))] for s in ('train', 'val')}, '')
+    checkpoint(tmp_path / 'a.pt', build(pe='rope', vocab_size=257, tie_embeddings=True))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'hf')
+    assert f'{23_744:,} parameters' in run(convert, tmp_path / 'hf', tmp_path / 'b.pt')
+    ckpt = load_checkpoint(str(tmp_path / 'b.pt'))
+    save_checkpoint(str(tmp_path / 'c.pt'), dict(ckpt, tokenizer='bytes'))
+
+    flags = f'{BATCH} --micro_batch 1 --batch_tokens 64 --length 32 --warmup 0 --decay_steps 4 --lr 1e-2'
+    flags += f' --init_from {tmp_path}/c.pt --data {tmp_path}/data'
+    run(train, flags, '--steps 4 --out', tmp_path / 'whole')
+    run(train, flags, '--steps 2 --out', tmp_path / 'parts')
+    run(train, flags, '--steps 4 --resume --out', tmp_path / 'parts')
+    trained = load_checkpoint(str(tmp_path / 'whole'))
+    assert bits(trained['model']) == bits(load_checkpoint(str(tmp_path / 'parts'))['model'])
+    embed, head = trained['model']['embed.weight'], trained['model']['lm_head.weight']
+    assert embed.data_ptr() == head.data_ptr() and not torch.equal(embed, ckpt['model']['embed.weight'])
+    model = load_model(trained)
+    assert model.lm_head.weight is model.embed.weight
+
+    run(convert, tmp_path / 'whole', tmp_path / 'back')
+    assert config_of(tmp_path / 'back')['tie_word_embeddings']
+    assert 'lm_head.weight' not in torch.load(tmp_path / 'back/pytorch_model.bin')
+
+
+def test_a_converted_checkpoint_is_fine_tuned_by_default(saved, tmp_path):
+    """Not by the recipe of the paper's pre-training, 2M tokens a step."""
+    write_data(tmp_path / 'data', get_tokenizer('bytes'), {s: [list(range(200))] for s in ('train', 'val')}, '')
+    folder(tmp_path / 'hf', theirs(build(pe='rope', vocab_size=257).state_dict()), dict(LLAMA, vocab_size=257))
+    run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    save_checkpoint(str(tmp_path / 'b.pt'), dict(load_checkpoint(str(tmp_path / 'a.pt')), tokenizer='bytes'))
+    flags = f'--micro_batch 256 --steps 3 {CPU} --data {tmp_path}/data --init_from {tmp_path}/b.pt --out {tmp_path}/run'
+    said = run(train, flags)
+    assert 'the fine-tuning recipe of a converted checkpoint: 3 steps, lr 2e-05, warm-up 0' in said
+    assert '65,536 tokens a step' in said
+    assert load_checkpoint(str(tmp_path / 'run'))['args']['lr'] == 2e-5
+
+
+def test_a_tied_head_in_bf16_keeps_the_embedding_in_fp32():
+    model = build(pe='rope', tie_embeddings=True)
+    env = Env(dtype='bf16')
+    with env.autocast():
+        want = model(tokens(2, 9))[0]
+        assert torch.equal(frozen(model, env)(tokens(2, 9))[0], want)
+
+
+def test_a_folder_that_says_tied_and_holds_two_matrices_keeps_both(tmp_path):
+    model = build(pe='rope')
+    folder(tmp_path / 'hf', theirs(model.state_dict()), dict(LLAMA, tie_word_embeddings=True))
+    run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    assert torch.equal(logits(tmp_path / 'a.pt', tokens(2, 9)), model(tokens(2, 9))[0])
+
+
 def test_dropping_rope(tmp_path):
     yarn = dict(rope_scaling=SCALINGS['yarn'][0], max_position_embeddings=128)
     for name, config in ('llama', LLAMA | yarn), ('mixed', dict(SMOLLM3, no_rope_layers=[1, 0])):
@@ -284,11 +339,13 @@ def test_the_other_scripts_open_it(corpus, tmp_path):
 @pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer'])
 def test_round_trip_is_exact(case, saved, tmp_path):
     model, more = (
-        build(pe='nope' if case in ('nope', 'tuned longer') else 'rope', block_size=64 if case == 'llama3' else 32),
+        build(
+            pe='nope' if case in ('nope', 'tuned longer') else 'rope',
+            block_size=64 if case == 'llama3' else 32,
+            tie_embeddings=case == 'tied',
+        ),
         {},
     )
-    if case == 'tied':
-        model.lm_head.weight.copy_(model.embed.weight)
     if case == 'tuned longer':
         more = dict(args=dict(preset='tiny', length=100))
     if case in ('pi', 'yarn'):
@@ -498,6 +555,8 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
     for out, words in (tmp_path, 'ckpt.pt'), (tmp_path / 'name', 'ckpt.pt'), (tmp_path / 'there.pt', 'exists already'):
         check_refused(convert, f'{hf} {out}', f' : {words}')
     check_refused(convert, f'{hf} {tmp_path}/x.pt --pe rope', '')
+    (tmp_path / 'a.gguf').write_bytes(b'GGUF')
+    check_refused(convert, f'{tmp_path}/a.gguf {tmp_path}/x.pt', ' : a.gguf gguf_file= save_pretrained')
 
 
 def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
@@ -510,6 +569,8 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
     case('qk_norm', build(qk_norm=True))
+    for out in 'other.pt', 'hf.safetensors', 'hf.gguf':
+        case(f'{out} folder', build(), out=out)
     sloped = build()
     set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
@@ -675,6 +736,14 @@ def test_a_weight_that_is_not_finite_is_not_read(tmp_path):
     folder(tmp_path / 'hf', state, LLAMA)
     with refused('model.norm.weight', 'not finite'):
         run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+
+
+def test_what_stands_for_bos_is_said(hf, tmp_path):
+    """An Instruct model's is the beginning of a turn."""
+    folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
+    words_tokenizer(tmp_path / 'hf')
+    said = run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    assert "begin with '<s>'" in said and '--bos' in said
 
 
 def test_a_tokenizer_of_theirs(hf, tmp_path):

@@ -44,6 +44,7 @@ ARGS = SimpleNamespace(
     grid_batches=1,
     eval_tokens=2 * T,
 )
+QUIET = SimpleNamespace(signal=0, bar=lambda parts, what: parts)     # no signal comes, no bar is drawn
 DATA = np.zeros(2 * T + 1, dtype=np.uint16)          # a split of .bin data, and a document
 CORPUS = extend.Corpus(DATA, 1)
 
@@ -126,7 +127,7 @@ def test_training(pe, dtype):
 
 
 MEASURE = dict(
-    validate=lambda model, env: train.validate(model, DATA, 1, ARGS, env),
+    validate=lambda model, env: train.validate(model, DATA, 1, ARGS, env, None, QUIET, QUIET),
     uniform=lambda model, env: extend.uniform(model, CORPUS, ARGS, env),
     perplexity=lambda model, env: measure.perplexity(model, [DATA], 1, [T], 256, 512, env, T),
     entropies=lambda model, env: measure.entropies(model, [DATA], T, env),

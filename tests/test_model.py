@@ -154,15 +154,24 @@ def test_generate_begins_with_at_least_one_token():
     assert model.generate(tokens(1, 1), 3, temperature=0).shape == (1, 4)
 
 
-@pytest.mark.parametrize('top_k', [None, 5])
-def test_generate_samples_the_tempered_distribution(top_k):
+@pytest.mark.parametrize('top_k, top_p', [(None, None), (5, None), (None, 0.6), (5, 0.6), (None, 1e-9)])
+def test_generate_samples_the_tempered_distribution(top_k, top_p):
     model, n = build(), 4000
     prompt = tokens(4)
-    drawn = model.generate(prompt.expand(n, -1), 1, temperature=0.25, top_k=top_k)[:, -1]
+    drawn = model.generate(prompt.expand(n, -1), 1, temperature=0.25, top_k=top_k, top_p=top_p)[:, -1]
     p = torch.exp(reference(model, prompt)[-1] / 0.25)
     if top_k:
         p[p.argsort()[:-top_k]] = 0
     p /= p.sum()
+    if top_p:                                        # token after token, until there are enough
+        together = 0
+        for token in p.argsort(descending=True).tolist():
+            enough = together >= top_p
+            together += p[token].item()
+            if enough:
+                p[token] = 0
+        assert (p > 0).sum() < 10
+        p /= p.sum()
     off = (drawn.bincount(minlength=50) - n * p).abs()
     assert (off <= 4 * (n * p) ** 0.5 + 4 * (p > 0)).all()               # four standard deviations of a count
 
@@ -450,6 +459,28 @@ def test_tinyllama_has_its_published_size(pe):
     assert sum(p.numel() for p in model.parameters()) == 1_100_048_384 + temperatures
 
 
+def test_temperatures_are_no_parameters_and_a_tied_head_counts_once():
+    """SmolLM2-135M as published: https://huggingface.co/HuggingFaceTB/SmolLM2-135M."""
+    shape = dict(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536)
+    with torch.device('meta'):
+        tied = GPT(GPTConfig(pe='rope', tie_embeddings=True, **shape))
+        apart = GPT(GPTConfig(pe='rope', **shape))
+    assert tied.num_params() == 134_515_008
+    assert apart.num_params() == 134_515_008 + 49152 * 576
+    assert tied.flops_per_token(1) == apart.flops_per_token(1)           # the head multiplies in both
+
+
+def test_a_tied_head_learns_as_one_matrix():
+    model = build('rope', tie_embeddings=True)
+    apart = build('rope')
+    apart.load_state_dict(model.state_dict())
+    idx = torch.randint(50, (2, 17))
+    for m in model, apart:
+        m(idx[:, :-1], idx[:, 1:])[1].backward()
+    close(model.embed.weight.grad, apart.embed.weight.grad + apart.lm_head.weight.grad)
+    assert model.lm_head.weight is model.embed.weight
+
+
 @every_pe
 def test_attention_runs_on_a_fused_kernel(pe):
     model, cache = heat(build(pe)), KVCache()
@@ -719,12 +750,32 @@ def test_model_py_samples_the_same_text_from_the_same_seed(trained):
     assert first != other
 
 
+def test_model_py_samples_from_the_likeliest_only(trained):
+    greedy = run(sample, [trained, PROMPT], '--temperature 0 --device cpu')
+    assert run(sample, [trained, PROMPT], '--top_k 1 --device cpu') == greedy
+    assert run(sample, [trained, PROMPT], '--top_p 1e-9 --device cpu') == greedy
+
+
+@pytest.mark.parametrize('name', ['eos', 'bos'])
+def test_model_py_stops_where_the_document_ends(name, trained, monkeypatch):
+    """The third new token ends it, and is not printed."""
+    tok = get_tokenizer('passkey')
+    words = tok.encode(' The sky is blue.')
+    said = [torch.tensor([[i]]) for i in [*words[:2], getattr(tok, name), *words]]
+    monkeypatch.setattr(GPT, 'continuation', lambda self, idx, n, *how: iter(said[:n]))
+    out = run(sample, [trained, ' The grass'], '--device cpu')
+    assert out.endswith(' The grass' + tok.decode(words[:2]) + '\n')
+
+
 @pytest.mark.parametrize(
     'flags, words',
     [
         ('nowhere x', ['nowhere']),
         ('{trained} mauve', ['passkey vocabulary']),
         ('{trained} --max_new_tokens 0', ['--max']),
+        ('{trained} --top_k 0', ['--top_k']),
+        ('{trained} --top_p 0', ['--top_p']),
+        ('{trained} --top_p 1.1', ['--top_p']),
     ],
 )
 def test_model_py_refuses_what_it_cannot_do(flags, words, trained):

@@ -119,7 +119,7 @@ def test_damaged_data_costs_one_line(damage, words, folder):
 
 
 def test_an_empty_split_is_refused(folder):
-    with refused('val.bin is empty'):
+    with refused('val.bin is empty', '--val below 1'):
         open_data(folder, 'val')
 
 

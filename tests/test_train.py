@@ -136,6 +136,30 @@ def test_a_signal_inside_a_long_step(world, most, saved, corpus, tmp_path):
         assert rows(tmp_path / 'run') == rows(tmp_path / 'straight')
 
 
+def test_a_signal_inside_a_validation(corpus, tmp_path):
+    """It is not waited for, and made again after --resume."""
+    flags = f'{TINY} --steps 6 --warmup 2 --eval_every 4 --eval_tokens 512 --micro_batch 1 --data {corpus}'
+    run(train, flags, f'--out {tmp_path}/straight')
+    act = partial(hear_inside, signal.SIGTERM, 3)            # of the eight rows of the validation at step 4
+    ranks = start(train, flags, f'--out {tmp_path}/run', log=tmp_path / 'log', step=4, act=act)
+    assert wait(ranks) == [143]
+    assert step_of(tmp_path / 'run') == 4
+    assert 'SIGTERM: saved at step 4' in (tmp_path / 'log.0').read_text()
+    run(train, flags, f'--resume --out {tmp_path}/run')
+    assert state(tmp_path / 'run') == state(tmp_path / 'straight')
+    assert rows(tmp_path / 'run') == rows(tmp_path / 'straight')
+
+
+def test_the_first_step_shows_its_progress_from_the_start(corpus, tmp_path, capsys):
+    """Quick steps after it show none."""
+    run(train, f'{TINY} --steps 2 --min_length 64 --micro_batch 1 --data {corpus} --out {tmp_path}')
+    err = capsys.readouterr().err
+    assert 'validation:   0%' in err
+    assert 'step 1:   0%|' in err and '/4 [' in err
+    assert 'step 2' not in err
+    assert err.endswith('\r')                        # nothing of it is left on the screen
+
+
 def inode(out):
     """Of ckpt.pt; None where there is none, as between two renames."""
     if out.exists():

@@ -7,8 +7,8 @@ A Hugging Face folder of the Llama family becomes our checkpoint, and a checkpoi
 
 In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE; config.json with model.safetensors or pytorch_model.bin,
 whole or in shards. Weights keep their own precision until a script opens them in fp32. block_size is the length before
-any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head becomes a matrix of its own. Frequencies
-here do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
+any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head stays tied, there and back. Frequencies here
+do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
 max_position_embeddings tokens, `longrope` at its long_factor.
 Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied
 into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
@@ -226,14 +226,13 @@ def weights(file):
         fail(f'{file} is no whole file of weights ({type(e).__name__}): download it again')
 
 
-def tokenizer_fingerprint(folder):
-    """Of the folder's tokenizer; None where none can be opened (it may come later), or without transformers."""
+def open_tokenizer(folder):
+    """The folder's tokenizer; None where none can be opened (it may come later), or without transformers."""
     try:
         from transformers import AutoTokenizer
-        vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception:                                # every kind of folder has its own
         return None
-    return fingerprint(vocabulary)
 
 
 def read(folder, out, pe):
@@ -266,7 +265,10 @@ def read(folder, out, pe):
             check_finite_weight(name, w, file)
             model[ours[name]] = w
     if tied and 'embed.weight' in model:
-        model.setdefault('lm_head.weight', model['embed.weight'])        # in the file they stay one
+        head = model.setdefault('lm_head.weight', model['embed.weight'])
+        c.tie_embeddings = torch.equal(head, model['embed.weight'])      # some folders say tied, and hold two
+    if c.tie_embeddings:
+        model['lm_head.weight'] = model['embed.weight']                  # in the file they stay one
     missing = [name for name, k in ours.items() if k not in model]
     if missing:
         more = ' ...' if len(missing) > 3 else ''
@@ -274,16 +276,22 @@ def read(folder, out, pe):
     for i in range(c.n_layer):
         model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), lam)
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
+    tokenizer = open_tokenizer(folder)
     # args: what train.py --init_from looks for (whose recipe, where rows begin), and the length that it was made for.
     # Packed chunks as they come, without BOS, are what TinyLlama and the paper's models were trained on
-    args = dict(preset='tinyllama', length=longest, init_from=folder, rows='anywhere', bos=False)
+    args = dict(preset='finetune', length=longest, init_from=folder, rows='anywhere', bos=False)
     save_checkpoint(out, dict(model={k: model[k] for k in want}, config=asdict(c), optimizer=None, step=0, tokens=0,
                               seed=0, args=args, fingerprint=None, tokenizer=f'hf:{folder}',
-                              tokenizer_fingerprint=tokenizer_fingerprint(folder), extended=None))
-    parameters = sum(math.prod(s) for s in want.values())
+                              tokenizer_fingerprint=tokenizer and fingerprint(tokenizer.get_vocab()), extended=None))
+    with torch.device('meta'):
+        parameters = GPT(c).num_params()
     scaled = ', scaled RoPE' if c.rope_inv_freq else ''
     print(f'{out}: pe={c.pe}, {c.n_layer} layers, {parameters:,} parameters, training length {c.block_size}{scaled}, '
           f'tokenizer hf:{folder}')
+    if tokenizer:
+        bos = tokenizer.bos_token or tokenizer.eos_token
+        print(f'documents and prompts begin with {bos!r}, its BOS; rows of text are as they come, unless train.py and '
+              'extend.py are given --bos')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,6 +409,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.source.endswith('.gguf'):
+        fail(f'{args.source}: transformers makes a folder of it that is read here: AutoModelForCausalLM and '
+             'AutoTokenizer.from_pretrained(DIR, gguf_file=NAME), then save_pretrained(FOLDER) of both')
     if os.path.exists(f'{args.source}/config.json'):
         if args.dtype:
             fail('--dtype is for writing a Hugging Face folder; a checkpoint keeps the weights as they are')
@@ -411,6 +422,8 @@ def main(argv=None):
         if not find_checkpoint(args.source):
             fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR '
                  'gets one) nor a checkpoint')
+        if args.out.endswith(('.pt', '.bin', '.safetensors', '.gguf')):
+            fail(f'{args.out}: a checkpoint becomes a Hugging Face folder, so name a folder')
         write(load_checkpoint(args.source), args.out, args.dtype or 'fp32')
 
 
