@@ -31,8 +31,8 @@ from data.checkpoint import (
     preflight,
     stem,
 )
-from data.figures import accuracy, default_lengths, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
-from data.passkey.prompt import make_prompt
+from data.figures import accuracy, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
+from data.passkey.prompt import make_prompt, usable_lengths
 from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, say_time, setup
 from data.tokenizer import get_tokenizer
 
@@ -78,20 +78,6 @@ def parse_args(argv=None):
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='auto: bf16 on a GPU that has it; '
                    'on a CPU the faster one, as measured')
     return p.parse_args(argv)
-
-
-def usable_lengths(asked, config, tok):
-    """The lengths to measure at: those asked for, which must all hold a prompt, or those of the default that do."""
-    lengths, too_short = [], None
-    for n in sorted(set(asked or default_lengths(config))):
-        try:
-            make_prompt(tok, n, 0, 1, np.random.default_rng(0))
-            lengths.append(n)
-        except ValueError as e:                      # half the training length, say, may hold no prompt
-            too_short = str(e)
-    if too_short and (asked or not lengths):
-        fail(too_short)
-    return lengths
 
 
 def rows_so_far(file, note, made_by, resume):

@@ -3,7 +3,9 @@ The prompts of the passkey test (the landmark template, as Wang et al. 2024 use 
 """
 import numpy as np
 
+from data.figures import default_lengths
 from data.passkey.prepare import ANSWER, GARBAGE, INFO, QUESTION, TASK
+from data.runtime import fail
 
 
 def shared(a, b):
@@ -58,3 +60,17 @@ def make_prompt(tok, length, depth, n_depths, rng):
         cut = shared(encode(TASK + info), ids)
     ids = ids[:cut] + ids[cut + excess:]
     return ids[:asked], ids[asked:], told
+
+
+def usable_lengths(asked, config, tok):
+    """The lengths to measure at: those asked for, which must all hold a prompt, or those of the default that do."""
+    lengths, too_short = [], None
+    for n in sorted(set(asked or default_lengths(config))):
+        try:
+            make_prompt(tok, n, 0, 1, np.random.default_rng(0))
+            lengths.append(n)
+        except ValueError as e:                      # half the training length, say, may hold no prompt
+            too_short = str(e)
+    if too_short and (asked or not lengths):
+        fail(too_short)
+    return lengths
