@@ -1,4 +1,5 @@
 """What results/smollm2.py rests on: a real model is the same network here, in transformers, and there and back."""
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import close, run
 
 from data.checkpoint import load_checkpoint, load_model
+from data.figures import read_csv
 from data.hf import convert
 from results import smollm2
 
@@ -59,3 +61,22 @@ def test_every_tensor_comes_back_bit_for_bit(folder, ckpt):
     assert was.keys() == back.keys() and len(back) == 272
     for name, tensor in was.items():
         assert torch.equal(tensor.view(torch.int32), back[name].view(torch.int32)), name
+
+
+def test_the_table_in_small(folder, tmp_path):
+    """Every step from the folder to the table; transformers finds our perplexity and our keys."""
+    (tmp_path / 'text').mkdir()
+    for name in 'abcd':
+        (tmp_path / f'text/{name}.txt').write_text(name + 40 * TEXT)
+    out = os.path.dirname(folder)
+    smollm2.main([
+        '--text', f'{tmp_path}/text', '--lengths', '160,200', '--tuned_length', '64', '--methods', 'yarn,uniform',
+        '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv'])
+    found = {(r['model'], int(r['length'])): r for r in read_csv(tmp_path / 'table.csv')}
+    for n in 160, 200:
+        for ours, other in ('as it is', 'as it is, transformers'), ('YaRN for 16,384', 'YaRN, transformers'):
+            a, b = found[ours, n], found[other, n]
+            assert float(a['nll']) == pytest.approx(float(b['nll']), abs=1e-4)
+            assert a['keys'] == b['keys'] == '1.00'
+        assert found['YaRN, dynamic', n]['nll'] == found['as it is', n]['nll']       # nothing changes in the window
+        assert found['YaRN for 16,384', n]['nll'] != found['as it is', n]['nll']
