@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.checkpoint import (
     check_fits,
+    check_ids,
     find_checkpoint,
     fingerprint,
     frozen,
@@ -190,6 +191,7 @@ def main(argv=None):
         for depth, trial in cells:
             rng = np.random.default_rng((args.seed, length, depth, trial))
             made.append(make_prompt(tok, length, depth, args.depths, rng))
+            check_ids(made[-1][0] + made[-1][1], model.config, tok)
         scores = score(model, [prompt for prompt, _, _ in made], [answer for _, answer, _ in made], env, args.decode)
         found = []
         for (depth, trial), (_, _, position), (hit, logprob) in zip(cells, made, scores):

@@ -450,7 +450,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
-    from data.checkpoint import frozen, load_checkpoint, load_model
+    from data.checkpoint import check_ids, frozen, load_checkpoint, load_model
     from data.runtime import fail, setup
     from data.tokenizer import get_tokenizer
     args = parse_args(argv)
@@ -459,6 +459,7 @@ def main(argv=None):
     model = frozen(load_model(ckpt), env)
     tokenizer = get_tokenizer(ckpt['tokenizer'])
     ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    check_ids(ids, model.config, tokenizer)
     if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:
         fail(f'pe=learned ends at {model.config.block_size} tokens: lower --max_new_tokens {args.max_new_tokens}')
     torch.manual_seed(args.seed)

@@ -125,7 +125,7 @@ def main(argv=None):
     run = resolve(args, RECIPES, raw.config, resumed, parent)
     if resumed:
         check_resume(run, args, resumed, meta)
-    check_fits(raw.config, meta, run.data, [run.length], parent)
+    check_fits(raw.config, meta, run.data, [run.length], resumed or parent)
     docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
     bos = meta['bos'] if run.bos else None

@@ -17,6 +17,7 @@ from conftest import BATCH, CPU, bits, check_refused, close, refused, run, set_h
 from test_tokenizer import words_tokenizer
 
 import extend
+import model as model_script
 import train
 from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
@@ -667,6 +668,16 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(hf, tmp_path):
     os.remove(tmp_path / 'words/tokenizer.json')
     with refused('words'):
         get_tokenizer(f'hf:{tmp_path}/words')
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for(hf, tmp_path):
+    words_tokenizer(tmp_path / 'words')              # of 7 tokens
+    mark = get_tokenizer(f'hf:{tmp_path}/words').fingerprint
+    checkpoint(tmp_path / 'a.pt', build(vocab_size=6), f'hf:{tmp_path}/words', tokenizer_fingerprint=mark)
+    said = run(model_script, tmp_path / 'a.pt', ['the grass is'], '--max_new_tokens 2 --device cpu')
+    assert '\nthe grass is' in said
+    with refused('green', 'token 6', '6 only'):
+        run(model_script, tmp_path / 'a.pt', ['the grass is green'], '--max_new_tokens 2 --device cpu')
 
 
 def test_a_weight_that_is_not_finite_is_not_read(tmp_path):

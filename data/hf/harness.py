@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from data.checkpoint import check_fits, frozen, load_checkpoint, load_model
+from data.checkpoint import check_fits, check_ids, frozen, load_checkpoint, load_model
 from data.hf.convert import longest, special_ids
 from data.runtime import fail, setup
 from data.tokenizer import get_tokenizer
@@ -67,15 +67,18 @@ class NanoNoPE(TemplateLM):
             self.ends.update(ids if isinstance(ids, list) else [ids])            # Llama 3 has several
         self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
-        meta = dict(vocab_size=self.tok.n_vocab, tokenizer=name)
-        check_fits(self.model.config, meta, 'the tokenizer', [self.max_length])
+        meta = dict(vocab_size=self.tok.n_vocab, tokenizer=name, tokenizer_fingerprint=self.tok.fingerprint)
+        check_fits(self.model.config, meta, 'the tokenizer', [self.max_length], ckpt)
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
     tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         bos = [self.tok.bos] if self.add_bos and add_special_tokens is not False else []
-        return bos + self.tok.encode(string)
+        ids = bos + self.tok.encode(string)
+        if ids:
+            check_ids(ids, self.model.config, self.tok)
+        return ids
 
     def anchor(self, ids, n, side):
         """At most n of the ids; what is cut begins with BOS all the same, as rows do in training."""
@@ -117,8 +120,8 @@ class NanoNoPE(TemplateLM):
         """[(text,)] -> [its log-probability], in windows of max_length that overlap only if the last would be short."""
         out = []
         for r in tqdm(requests, disable=disable_tqdm):
-            windows = utils.get_rolling_token_windows(self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length,
-                                                      context_len=1)
+            ids = self.tok_encode(r.args[0], add_special_tokens=False)
+            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             total = 0.0
             for context, continuation in map(utils.make_disjoint_window, windows):
                 ids = torch.tensor([context + continuation], device=self.env.device)
