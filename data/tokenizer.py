@@ -3,8 +3,11 @@ Tokenizers by name.
 """
 import hashlib
 import os
+import re
 
 from data.runtime import fail
+
+LONGEST_BLANK = 900_000      # characters: tiktoken's pattern gives up behind a million of white space
 
 
 def fingerprint(words):
@@ -39,6 +42,16 @@ def get_tokenizer(name):
     if name.startswith('hf:'):
         return of_hugging_face(name)
     return of_tiktoken(name)
+
+
+def encode_document(tokenizer, text, name):
+    """The ids of a text; where the tokenizer gives up, the program ends with a line that names the document."""
+    try:
+        return tokenizer.encode(text)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:                       # a panic in Rust is no Exception, nor does it pickle
+        fail(f'{name} cannot be tokenised with {tokenizer.name} ({type(e).__name__}: {str(e)[:200]}): leave it out')
 
 
 def of_bytes():
@@ -97,6 +110,26 @@ def of_tiktoken(name):
         fail(f'tokenizer {name} could not be loaded ({type(e).__name__}): tiktoken downloads it once; without a '
              'network set TIKTOKEN_CACHE_DIR to a folder that holds it, or use bytes')
 
+    def encode(text):
+        ids = []
+        for part in between_blanks(text):
+            ids += enc.encode_ordinary(part)
+        return ids
+
     def decode(ids):
         return enc.decode([i for i in ids if i < enc.n_vocab])       # an untrained model may say a padded one
-    return Tokenizer(name, enc.n_vocab, enc.eot_token, enc.encode_ordinary, decode)
+    return Tokenizer(name, enc.n_vocab, enc.eot_token, encode, decode)
+
+
+def between_blanks(text):
+    """
+    The text, cut where tiktoken would give up: inside white space of a million characters, before the last of them,
+    which is where its patterns part it from the word behind it.
+    """
+    if len(text) <= LONGEST_BLANK:
+        return [text]
+    cuts = []
+    for blank in re.finditer(r'\s+', text):
+        if blank.end() - blank.start() > LONGEST_BLANK and blank.end() < len(text):
+            cuts.append(blank.end() - 1)
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]

@@ -146,6 +146,23 @@ def test_files_that_are_named_are_held_out(prepared, tmp_path, books):
     assert held == ['books/a/0.txt'] + [name for name in sorted(books) if '/b/' in name]
 
 
+class Panic(BaseException):
+    """As a panic of Rust comes: no Exception, and it does not pickle."""
+
+
+def give_up(text):
+    raise Panic('StackOverflow')
+
+
+def test_a_document_that_the_tokenizer_gives_up_on_is_named(books, tmp_path, monkeypatch):
+    tok = get_tokenizer('bytes')
+    monkeypatch.setattr(tok, 'encode', give_up)
+    monkeypatch.setattr(text, 'get_tokenizer', lambda name: tok)
+    with refused('books/a/', '.txt', 'StackOverflow'):
+        run(text, tmp_path / 'books', '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out/meta.json').exists()
+
+
 @pytest.mark.parametrize('flags, words', [
     ('books/x', ['books/x', 'no such file']), ('none', ['none', 'no files']),
     ('books --val_files books/x', ['books/x']), ('latin.txt', ['latin.txt', 'byte 3']), ('.', ['latin.txt']),

@@ -1,11 +1,14 @@
 """What data/tokenizer.py promises: text comes back as it was, and only ever is text."""
 import os
+import random
 import tempfile
 
 import pytest
 import tiktoken
 from conftest import refused
+from tiktoken_ext import openai_public
 
+from data import tokenizer
 from data.passkey import prepare as passkey
 from data.tokenizer import get_tokenizer
 
@@ -61,6 +64,32 @@ def test_the_names_of_special_tokens_in_a_document_stay_text(name, tiny_tiktoken
     assert tok.decode(ids) == text
     assert tok.bos not in ids
     assert max(ids) < tok.n_vocab
+
+
+@pytest.fixture
+def gpt2_pattern(monkeypatch):
+    """GPT-2's pattern over bytes and runs of spaces, without its download. -> the encoding of tiktoken"""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks.update({b' ' * n: 254 + n for n in range(2, 9)})
+    enc = tiktoken.Encoding('like gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                            special_tokens={'<|endoftext|>': 263})
+    monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['gpt2'])
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: enc)
+    return enc
+
+
+def test_more_than_a_million_spaces_before_a_letter(gpt2_pattern):
+    """As in RedPajama: tiktoken alone ends in a panic of Rust, at the same document every time."""
+    tok, text = get_tokenizer('gpt2'), ' ' * 1_200_000 + 'a' + '\n' * 1_200_000 + 'b'
+    assert tok.decode(tok.encode(text)) == text
+
+
+def test_what_is_cut_out_of_long_blanks_has_the_same_ids(gpt2_pattern, monkeypatch):
+    monkeypatch.setattr(tokenizer, 'LONGEST_BLANK', 3)
+    rng = random.Random(1)
+    for _ in range(300):
+        text = ''.join(rng.choice(['a', "b's", '.', ' ' * rng.randint(1, 20), '\n', '\r\n \t']) for _ in range(30))
+        assert get_tokenizer('gpt2').encode(text) == gpt2_pattern.encode_ordinary(text), repr(text)
 
 
 def words_tokenizer(folder):

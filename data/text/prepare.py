@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.checkpoint import preflight
 from data.runtime import fail, parser
-from data.tokenizer import get_tokenizer
+from data.tokenizer import encode_document, get_tokenizer
 from data.tokens import write_data
 
 
@@ -89,7 +89,7 @@ def main(argv=None):
 
     def encode(split):
         for f in tqdm(splits[split], desc=split, unit='doc', disable=None):
-            yield tokenizer.encode(read(f))
+            yield encode_document(tokenizer, read(f), f)
     texts = {split: encode(split) for split in splits}
     source = {split: [docs[f] for f in files] for split, files in splits.items()}
     meta = write_data(args.out, tokenizer, texts, source=source)
