@@ -442,6 +442,7 @@ def parse_args(argv=None):
     p.add_argument('prompt', nargs='?', default='', help='text to go on from (default: none, a new document)')
     p.add_argument('--max_new_tokens', type=positive_int, default=200)
     p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
+    p.add_argument('--tokenizer', help='gpt2, hf:DIR, ... (default: the checkpoint\'s, see data/README.md)')
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.set_defaults(dtype='fp32')
@@ -450,14 +451,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Prints how a checkpoint goes on with a text. (Imported here, since everything else imports this file.)"""
-    from data.checkpoint import check_ids, frozen, load_checkpoint, load_model
+    from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
     from data.runtime import fail, setup
-    from data.tokenizer import get_tokenizer
     args = parse_args(argv)
     env = setup(args)
     ckpt = load_checkpoint(args.ckpt)
     model = frozen(load_model(ckpt), env)
-    tokenizer = get_tokenizer(ckpt['tokenizer'])
+    tokenizer = open_tokenizer(ckpt, model.config, args.tokenizer)
     ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
     check_ids(ids, model.config, tokenizer)
     if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:

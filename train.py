@@ -42,6 +42,7 @@ from data.runtime import (
     positive_int,
     setup,
 )
+from data.tokenizer import keep_files
 from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, spaced_rows
 from model import ENCODINGS, PRESETS
 
@@ -117,6 +118,8 @@ def main(argv=None):
     # lock before reading: a live run may be writing the checkpoint
     preflight(args.out, 0)
     held = lock(args.out) if env.master else None    # noqa: F841 (as long as this process lives)
+    if env.master:
+        keep_files(meta['tokenizer'], args.out)
     env.barrier()
 
     # what this run starts from, and what its flags come to

@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 
 from data.runtime import fail
+from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, init_std
 
 
@@ -79,6 +80,9 @@ def load_checkpoint(path):
     lacks = [k for k in keys if k not in ckpt] if isinstance(ckpt, dict) else keys
     if lacks:
         fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(lacks)}{other}')
+    kept = os.path.join(os.path.dirname(os.path.abspath(file)), 'tokenizer')         # see keep_files()
+    if ckpt['tokenizer'].startswith('hf:') and os.path.isdir(kept):
+        ckpt['tokenizer'] = f'hf:{kept}'
     return ckpt
 
 
@@ -191,10 +195,21 @@ def check_fits(config, meta, data_path, lengths=(), ckpt=None):
         fail(f'{data_path} has a vocabulary of {n} ({meta["tokenizer"]}), the model one of {config.vocab_size}: '
              'use data of the tokenizer that it was trained with')
     if known and found and known != found:
-        fail(f'{data_path} was made with another tokenizer ({meta["tokenizer"]}) than the model knows ({made_with}), '
-             'of the same size but with other ids: use data of the tokenizer that it was trained with')
+        fail(f'{data_path} goes by another tokenizer ({meta["tokenizer"]}) than the model knows ({made_with}), '
+             'with other ids: use data of the tokenizer that it was trained with')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
+
+
+def open_tokenizer(ckpt, config, name=None, lengths=()):
+    """
+    The tokenizer of a checkpoint, checked against its model: the one of `name`, else the folder tokenizer/ beside the
+    checkpoint, else the one that its data was made with, where that lay.
+    """
+    tok = get_tokenizer(name or ckpt['tokenizer'])
+    meta = dict(vocab_size=tok.n_vocab, tokenizer=tok.name, tokenizer_fingerprint=tok.fingerprint)
+    check_fits(config, meta, 'the text', lengths, ckpt)
+    return tok
 
 
 def check_ids(ids, config, tokenizer):

@@ -1,12 +1,18 @@
 """
 Tokenizers by name.
 """
+import filecmp
 import hashlib
 import os
 import re
+import shutil
 
 from data.runtime import fail
 
+# of a Hugging Face folder: all that opens its tokenizer, and says which ids begin and end a text
+VOCABULARY = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+FILES = (*VOCABULARY, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+         'chat_template.jinja', 'config.json', 'generation_config.json')
 LONGEST_BLANK = 900_000      # characters: tiktoken's pattern gives up behind a million of white space
 
 
@@ -42,6 +48,30 @@ def get_tokenizer(name):
     if name.startswith('hf:'):
         return of_hugging_face(name)
     return of_tiktoken(name)
+
+
+def keep_files(name, out):
+    """
+    Copies the files of an hf:DIR tokenizer to OUT/tokenizer, where load_checkpoint() finds them, so that a checkpoint
+    in OUT opens when DIR is gone.
+    """
+    folder, kept, tmp = name.removeprefix('hf:'), f'{out}/tokenizer', f'{out}/.tokenizer.tmp'
+    files = [file for file in FILES if os.path.isfile(f'{folder}/{file}')]
+    own = [file for file in VOCABULARY if file in files]
+    if not name.startswith('hf:') or not own:
+        return
+    if os.path.isdir(kept):
+        if filecmp.cmpfiles(folder, kept, own, shallow=False)[0] != own:
+            fail(f'{kept} holds another tokenizer than {folder}: choose another folder for the checkpoint')
+        return
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
+        os.makedirs(tmp)
+        for file in files:
+            shutil.copyfile(f'{folder}/{file}', f'{tmp}/{file}')
+        os.replace(tmp, kept)
+    except OSError as e:
+        fail(f'could not save {kept} ({e.strerror}): free some space or choose another folder')
 
 
 def encode_document(tokenizer, text, name):
@@ -83,7 +113,7 @@ def of_hugging_face(name):
         fail('tokenizer hf:DIR needs transformers: pip install transformers')
     folder = os.path.abspath(name.removeprefix('hf:'))
     if not os.path.isdir(folder):
-        fail(f'tokenizer {name}: {folder} is not a folder')
+        fail(f'tokenizer {name}: {folder} is not a folder; where it lies now: --tokenizer hf:DIR')
     name = f'hf:{folder}'                            # found from wherever a script is started
     try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -403,7 +403,10 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     for pad, want in (3, 3), (60, None), (None, None):           # one that no embedding has is left out
         (hf / 'config.json').write_text(json.dumps(dict(config, pad_token_id=pad)))
         assert convert.special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
-    shutil.rmtree(hf)
+    shutil.rmtree(hf)                                # a copy of it stays with the checkpoint
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out1')
+    assert sorted(os.listdir(tmp_path / 'out1')) == sorted(os.listdir(tmp_path / 'out'))
+    shutil.rmtree(tmp_path / 'tokenizer')
     assert 'no tokenizer goes along' in run(convert, tmp_path / 'a.pt', tmp_path / 'out2')
     assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'pytorch_model.bin']
 

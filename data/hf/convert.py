@@ -32,7 +32,7 @@ from data.checkpoint import (
     save_checkpoint,
 )
 from data.runtime import fail, parser
-from data.tokenizer import fingerprint, get_tokenizer
+from data.tokenizer import FILES, VOCABULARY, fingerprint, get_tokenizer, keep_files
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
@@ -45,8 +45,6 @@ PLAIN = dict(
     # of RoPE and its scaling
     partial_rotary_factor=(1, None), beta_fast=(32, None), beta_slow=(1, None), truncate=(True, None), mscale=(None,),
     mscale_all_dim=(None,))
-TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json',
-             'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'generation_config.json')
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -228,6 +226,8 @@ def weights(file):
 
 def tokenizer_fingerprint(folder):
     """Of the folder's tokenizer; None where none can be opened (it may come later), or without transformers."""
+    if not any(os.path.isfile(f'{folder}/{file}') for file in VOCABULARY):
+        return None                                  # transformers would make an empty one
     try:
         from transformers import AutoTokenizer
         vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
@@ -237,7 +237,7 @@ def tokenizer_fingerprint(folder):
 
 
 def read(folder, out, pe):
-    """A Hugging Face folder -> the checkpoint file `out`, which opens its tokenizer there."""
+    """A Hugging Face folder -> the checkpoint file `out`, and the tokenizer's files in tokenizer/ beside it."""
     folder = os.path.abspath(folder)
     if not out.endswith('.pt'):
         fail(f'{out} must be a file name like out/name/ckpt.pt')
@@ -274,6 +274,7 @@ def read(folder, out, pe):
     for i in range(c.n_layer):
         model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), lam)
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
+    keep_files(f'hf:{folder}', os.path.dirname(out))
     # args: what train.py --init_from looks for (whose recipe, where rows begin), and the length that it was made for.
     # Packed chunks as they come, without BOS, are what TinyLlama and the paper's models were trained on
     args = dict(preset='tinyllama', length=longest, init_from=folder, rows='anywhere', bos=False)
@@ -371,7 +372,7 @@ def write(ckpt, folder, dtype):
         shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
         os.mkdir(tmp)
         source = ckpt['tokenizer'].removeprefix('hf:')
-        for name in TOKENIZER:
+        for name in FILES:
             if ckpt['tokenizer'].startswith('hf:') and os.path.isfile(f'{source}/{name}'):
                 shutil.copyfile(f'{source}/{name}', f'{tmp}/{name}')
         save_file(state, f'{tmp}/model.safetensors', metadata={'format': 'pt'})

@@ -20,10 +20,9 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from data.checkpoint import check_fits, check_ids, frozen, load_checkpoint, load_model
+from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
 from data.hf.convert import longest, special_ids
 from data.runtime import fail, setup
-from data.tokenizer import get_tokenizer
 from model import DECODING, KVCache
 
 try:
@@ -61,14 +60,13 @@ class NanoNoPE(TemplateLM):
         self.model = frozen(load_model(ckpt), self.env)
         self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
-        self.tok = get_tokenizer(name)
+        self.max_length = int(max_length or longest(ckpt))
+        self.tok = open_tokenizer(ckpt, self.model.config, name, [self.max_length])
         self.ends = {self.tok.eos}                   # ids that end a text
         for ids in special_ids(name, self.model.config.vocab_size).values():
             self.ends.update(ids if isinstance(ids, list) else [ids])            # Llama 3 has several
-        self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
+        self.batch_size, self.side = int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
-        meta = dict(vocab_size=self.tok.n_vocab, tokenizer=name, tokenizer_fingerprint=self.tok.fingerprint)
-        check_fits(self.model.config, meta, 'the tokenizer', [self.max_length], ckpt)
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
     tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
