@@ -13,7 +13,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, CPU, bits, check_refused, close, refused, run, set_heads
+from conftest import BATCH, CPU, bits, changed, check_refused, close, refused, run, set_heads
 from test_tokenizer import words_tokenizer
 
 import extend
@@ -282,12 +282,19 @@ def test_the_other_scripts_open_it(corpus, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # out, without any package
 
-@pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer'])
+@pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer', 'qk_norm rope',
+                                  'qk_norm nope'])
 def test_round_trip_is_exact(case, saved, tmp_path):
     model, more = (
-        build(pe='nope' if case in ('nope', 'tuned longer') else 'rope', block_size=64 if case == 'llama3' else 32),
+        build(
+            pe='nope' if case in ('nope', 'tuned longer', 'qk_norm nope') else 'rope',
+            block_size=64 if case == 'llama3' else 32,
+            qk_norm='qk_norm' in case,
+        ),
         {},
     )
+    if 'qk_norm' in case:
+        set_heads(model, [[1.3], [0.7]])             # of all heads of a layer
     if case == 'tied':
         model.lm_head.weight.copy_(model.embed.weight)
     if case == 'tuned longer':
@@ -320,6 +327,7 @@ def test_round_trip_is_exact(case, saved, tmp_path):
     assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)  # of bytes
     assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf'] and sorted(os.listdir(tmp_path / 'hf')) == [
         'config.json',
+        'generation_config.json',
         'pytorch_model.bin',
     ]
 
@@ -408,7 +416,27 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     assert sorted(os.listdir(tmp_path / 'out1')) == sorted(os.listdir(tmp_path / 'out'))
     shutil.rmtree(tmp_path / 'tokenizer')
     assert 'no tokenizer goes along' in run(convert, tmp_path / 'a.pt', tmp_path / 'out2')
-    assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'pytorch_model.bin']
+    assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'generation_config.json', 'pytorch_model.bin']
+
+
+def test_the_generation_config_fits_the_exported_model(saved, tmp_path):
+    hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
+    stale = dict(max_length=128, max_new_tokens=100, eos_token_id=[2, 5], pad_token_id=99, top_p=0.9)
+    (hf / 'generation_config.json').write_text(json.dumps(stale))
+    checkpoint(tmp_path / 'a.pt', build(), f'hf:{hf}', extended=dict(length=512))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    written = json.loads((tmp_path / 'out/generation_config.json').read_text())
+    assert written == dict(eos_token_id=[2, 5], top_p=0.9, max_length=512)
+
+
+@pytest.mark.parametrize('tokenizer', ['bytes', 'passkey'])
+def test_an_export_says_what_does_not_follow(tokenizer, saved, tmp_path):
+    checkpoint(tmp_path / 'a.pt', build(vocab_size=300), tokenizer)
+    said = run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    assert f'the tokenizer {tokenizer} has no files' in said
+    assert 'llama.cpp rotates three of four layers of any SmolLM3' in said
+    checkpoint(tmp_path / 'b.pt', build(vocab_size=300, pe='rope'), tokenizer)
+    assert 'llama.cpp' not in run(convert, tmp_path / 'b.pt', tmp_path / 'out2')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +541,7 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
 
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
-    case('qk_norm', build(qk_norm=True))
+    case('head size 5 odd', build(qk_norm=True, n_embd=20))
     sloped = build()
     set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
@@ -663,6 +691,46 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     assert torch.equal(there, ours.generate(idx, 40, temperature=0))
     run(convert, tmp_path / 'a.pt', tmp_path / 'half', '--dtype fp16')
     same(load(hf, tmp_path / 'half').float(), tmp_path / 'a.pt', 120, tol=0.1)
+
+
+@pytest.mark.parametrize('case', ['tiny', 'alike', 'head', 'head-log', 'yarn', 'longrope'])
+@pytest.mark.parametrize('pe', ['nope', 'rope'])
+def test_qk_norm_runs_there_as_qwen3(pe, case, hf, tmp_path):
+    if pe == 'nope' and case in ('yarn', 'longrope'):
+        pytest.skip('stretches RoPE')
+    model = build(pe=pe, qk_norm=True, qk_gain=case == 'tiny')
+    lam = 1.0
+    if case == 'tiny':                               # what the preset learns: a gain for each head, here even below 0
+        set_heads(model, torch.randn(2, 4) * 2, 'gain')
+    if case == 'alike':
+        lam = torch.tensor([[1.3], [1.7]])           # of each layer
+    if case in ('head', 'yarn'):
+        lam = torch.rand(2, 4) * 2 + 0.5
+    if case == 'head-log':
+        set_heads(model, torch.rand(2, 4), 'slope')
+    if case == 'yarn':
+        model.config.rope_inv_freq, t = yarn(model.config, 128)
+        lam = lam * t
+    if case == 'longrope':
+        model.config.rope_inv_freq = [f / r for f, r in zip(rope_frequencies(model.config), (1, 1.3, 2.9, 5))]
+        lam = torch.rand(2, 4) + 1
+    set_heads(model, lam)
+    checkpoint(tmp_path / 'a.pt', model, extended=dict(length=128))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    there = load(hf, tmp_path / 'out')
+    same(there, tmp_path / 'a.pt', 128, tol=1e-4)
+    assert type(there).__name__ == 'Qwen3ForCausalLM'
+    assert there.config.head_dim == (8 if case == 'alike' else 16)       # twice as wide only where it must be
+    if case == 'alike':                              # and then nothing is lost on the way back
+        run(convert, tmp_path / 'out', tmp_path / 'b.pt')
+        assert changed(tmp_path / 'a.pt', tmp_path / 'b.pt') == set()
+
+
+def test_a_qwen3_with_a_gain_for_each_dimension_is_refused(hf, tmp_path):
+    model = random_llama(hf, 'Qwen3For', head_dim=8)
+    model.save_pretrained(tmp_path / 'hf')
+    with refused('_norm.weight', 'differs between dimensions'):
+        run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(hf, tmp_path):

@@ -1,5 +1,5 @@
 r"""
-lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (QK-norm, n-hat, other encodings),
+lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (n-hat, other encodings),
 and for prompts that must be cut in the middle, as LongBench's (its own backend for transformers cuts them on the left).
 
     python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-log-8192.pt --tasks piqa,openbookqa
