@@ -22,19 +22,19 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import (
-    check_fits,
+    check_ids,
     find_checkpoint,
     fingerprint,
     frozen,
     load_checkpoint,
     load_model,
+    open_tokenizer,
     preflight,
     stem,
 )
 from data.figures import accuracy, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
 from data.passkey.prompt import make_prompt, usable_lengths
 from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, say_time, setup
-from data.tokenizer import get_tokenizer
 
 COLUMNS = dict(length=int, depth=float, trial=int, position=int, accuracy=int, logprob=float)
 
@@ -66,6 +66,7 @@ def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--out', help='folder of the csv (default: the checkpoint\'s)')
+    p.add_argument('--tokenizer', help='gpt2, hf:DIR, ... (default: the checkpoint\'s, see data/README.md)')
     p.add_argument('--lengths', type=int_list, help='default 1/2 1 1.5 2 3 4 6 8 times the training length')
     p.add_argument('--depths', type=positive_int, default=10, help='parts of the length to tell the key in (paper 10)')
     p.add_argument('--trials', type=positive_int, default=10, help='keys for each length and depth (paper 10)')
@@ -107,10 +108,8 @@ def main(argv=None):
     L = model.config.block_size
     choose_dtype(env, args.dtype, model.config, L)
     model = frozen(model, env)
-    tok = get_tokenizer(ckpt['tokenizer'])
+    tok = open_tokenizer(ckpt, model.config, args.tokenizer, args.lengths or [])
     ckpt['model'] = ckpt['optimizer'] = None         # gigabytes
-    meta = dict(vocab_size=tok.n_vocab, tokenizer=tok.name, tokenizer_fingerprint=tok.fingerprint)
-    check_fits(model.config, meta, 'the tokenizer', args.lengths or [], ckpt)
     lengths = usable_lengths(args.lengths, model.config, tok)
     check_fused(model, max(lengths), env)
     out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
@@ -123,6 +122,7 @@ def main(argv=None):
         for depth, trial in cells:
             rng = np.random.default_rng((args.seed, length, depth, trial))
             made.append(make_prompt(tok, length, depth, args.depths, rng))
+            check_ids(made[-1][0] + made[-1][1], model.config, tok)
         scores = score(model, [prompt for prompt, _, _ in made], [answer for _, answer, _ in made], env, args.decode)
         found = []
         for (depth, trial), (_, _, position), (hit, logprob) in zip(cells, made, scores):

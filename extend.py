@@ -60,6 +60,7 @@ from data.runtime import (
     positive_int,
     setup,
 )
+from data.tokenizer import keep_files
 from data.tokens import describe_rows, documents, get_batch, open_data, open_rows
 from model import ntk, pi, rope_frequencies, yarn
 
@@ -568,6 +569,8 @@ def main(argv=None):
     if tuned and env.device == 'cpu':
         need = memory(model, args.micro_batch * args.length, False, args, env)
     preflight(args.out, 8 * sum(p.numel() for p in model.parameters()), need)
+    if env.master and args.method != 'none':
+        keep_files(ckpt['tokenizer'], args.out)
 
     results = {}                                     # {name: (rows of perplexity, rows of entropy)}
     if args.measure:

@@ -42,6 +42,7 @@ from data.runtime import (
     positive_int,
     setup,
 )
+from data.tokenizer import keep_files
 from data.tokens import anchor, describe_rows, get_batch, open_data, open_rows, spaced_rows
 from model import ENCODINGS, PRESETS
 
@@ -123,6 +124,8 @@ def main(argv=None):
     # lock before reading: a live run may be writing the checkpoint
     preflight(args.out, 0)
     held = lock(args.out) if env.master else None    # noqa: F841 (as long as this process lives)
+    if env.master:
+        keep_files(meta['tokenizer'], args.out)
     env.barrier()
 
     # what this run starts from, and what its flags come to
@@ -131,7 +134,7 @@ def main(argv=None):
     run = resolve(args, RECIPES, raw.config, resumed, parent)
     if resumed:
         check_resume(run, args, resumed, meta)
-    check_fits(raw.config, meta, run.data, [run.length], parent)
+    check_fits(raw.config, meta, run.data, [run.length], resumed or parent)
     docs = open_rows(run.rows, data, meta, 'train', run.length, run.data)
     val_docs = open_rows(run.rows, val_data, val_meta, 'val', run.length, run.data)
     bos = meta['bos'] if run.bos else None

@@ -2,6 +2,7 @@
 Checkpoints: saved whole or not at all, checked when they are read; the lock and the free space of a run's folder.
 """
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from contextlib import suppress
 import torch
 
 from data.runtime import fail
+from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, init_std
 
 
@@ -78,6 +80,9 @@ def load_checkpoint(path):
     lacks = [k for k in keys if k not in ckpt] if isinstance(ckpt, dict) else keys
     if lacks:
         fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(lacks)}{other}')
+    kept = os.path.join(os.path.dirname(os.path.abspath(file)), 'tokenizer')         # see keep_files()
+    if ckpt['tokenizer'].startswith('hf:') and os.path.isdir(kept):
+        ckpt['tokenizer'] = f'hf:{kept}'
     return ckpt
 
 
@@ -179,22 +184,49 @@ def check_fits(config, meta, data_path, lengths=(), ckpt=None):
     Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. ckpt: the
     checkpoint that the model comes from, whose tokenizer must be the data's, word by word. A model may have more rows
     than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers
-    may share.
+    may share. It may have fewer where the data uses none of the others. meta: of data, or of a tokenizer alone, whose
+    ids are seen by check_ids() as they come.
     """
     n = meta['vocab_size']
     made_with = ckpt and ckpt['tokenizer']
-    ours = config.vocab_size == padded(n) and made_with in (None, meta['tokenizer'])
-    hugging_face = config.vocab_size > n and meta['tokenizer'].startswith('hf:')
-    if config.vocab_size != n and not ours and not hugging_face:
-        fail(f'{data_path} has a vocabulary of {n} ({meta["tokenizer"]}), the model one of {config.vocab_size}: '
-             'use data of the tokenizer that it was trained with')
     known = ckpt and ckpt.get('tokenizer_fingerprint')
     found = meta.get('tokenizer_fingerprint')        # checkpoints and data of older versions have none
+    same = known and known == found
+    ours = config.vocab_size == padded(n) and made_with in (None, meta['tokenizer'])
+    hugging_face = config.vocab_size > n and meta['tokenizer'].startswith('hf:')
+    splits = [meta[split] for split in ('train', 'val') if split in meta]
+    largest = max([split.get('largest_id', math.inf) for split in splits], default=-1)
+    if same and config.vocab_size <= largest < n:
+        fail(f'{data_path} holds token {largest}, but the model has rows for {config.vocab_size} only: its tokenizer '
+             'has tokens that were added to it; prepare text that does not use them')
+    all_have_rows = same and largest < config.vocab_size
+    if config.vocab_size != n and not ours and not hugging_face and not all_have_rows:
+        fail(f'{data_path} has a vocabulary of {n} ({meta["tokenizer"]}), the model one of {config.vocab_size}: '
+             'use data of the tokenizer that it was trained with')
     if known and found and known != found:
-        fail(f'{data_path} was made with another tokenizer ({meta["tokenizer"]}) than the model knows ({made_with}), '
-             'of the same size but with other ids: use data of the tokenizer that it was trained with')
+        fail(f'{data_path} goes by another tokenizer ({meta["tokenizer"]}) than the model knows ({made_with}), '
+             'with other ids: use data of the tokenizer that it was trained with')
     if config.pe == 'learned' and max(lengths, default=0) > config.block_size:
         fail(f'pe=learned has a table of {config.block_size} positions: lengths up to there, not {max(lengths)}')
+
+
+def open_tokenizer(ckpt, config, name=None, lengths=()):
+    """
+    The tokenizer of a checkpoint, checked against its model: the one of `name`, else the folder tokenizer/ beside the
+    checkpoint, else the one that its data was made with, where that lay.
+    """
+    tok = get_tokenizer(name or ckpt['tokenizer'])
+    meta = dict(vocab_size=tok.n_vocab, tokenizer=tok.name, tokenizer_fingerprint=tok.fingerprint)
+    check_fits(config, meta, 'the text', lengths, ckpt)
+    return tok
+
+
+def check_ids(ids, config, tokenizer):
+    """Ends the program where a text has become a token that the model has no row for: one that was added later."""
+    largest = max(ids)
+    if largest >= config.vocab_size:
+        fail(f'the text holds {tokenizer.decode([largest])!r}, token {largest} of its tokenizer, but the model has '
+             f'rows for {config.vocab_size} only: leave it out', everywhere=True)
 
 
 def preflight(out, need_bytes, need_memory=0):

@@ -3,9 +3,8 @@ Prints how a checkpoint goes on with a text: python model.py out/nope "What is t
 """
 import torch
 
-from data.checkpoint import frozen, load_checkpoint, load_model
+from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
 from data.runtime import fail, natural_float, parser, positive_int, setup, share
-from data.tokenizer import get_tokenizer
 
 
 def parse_args(argv=None):
@@ -16,6 +15,7 @@ def parse_args(argv=None):
     p.add_argument('--temperature', type=natural_float, default=1.0, help='of sampling; 0: always the likeliest token')
     p.add_argument('--top_k', type=positive_int, help='sample from the k likeliest tokens (default: from all)')
     p.add_argument('--top_p', type=share, help='sample from the likeliest tokens that have this probability together')
+    p.add_argument('--tokenizer', help='gpt2, hf:DIR, ... (default: the checkpoint\'s, see data/README.md)')
     p.add_argument('--seed', type=int, default=1337)
     p.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     p.set_defaults(dtype='fp32')
@@ -27,8 +27,9 @@ def main(argv=None):
     env = setup(args)
     ckpt = load_checkpoint(args.ckpt)
     model = frozen(load_model(ckpt), env)
-    tokenizer = get_tokenizer(ckpt['tokenizer'])
+    tokenizer = open_tokenizer(ckpt, model.config, args.tokenizer)
     ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    check_ids(ids, model.config, tokenizer)
     if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:
         fail(f'pe=learned ends at {model.config.block_size} tokens: lower --max_new_tokens {args.max_new_tokens}')
     torch.manual_seed(args.seed)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.checkpoint import lock, preflight
 from data.runtime import fail
-from data.tokenizer import get_tokenizer
+from data.tokenizer import encode_document, get_tokenizer
 from data.tokens import write_data
 
 SHARD = 2**22                                        # characters, about a second of work: what a stop loses a process
@@ -140,7 +140,10 @@ def encode(file, tokenizer, val, texts, states):
     raw = [t.encode(errors='replace') for t in texts]                    # half of a surrogate pair is no text
     # a hash of the text decides, so that no document is in both splits, nor a copy of it
     held = [int.from_bytes(hashlib.sha256(b).digest()[:6], 'big') < val * 2**48 for b in raw]
-    docs = [np.array(tokenizer.encode(b.decode()), np.min_scalar_type(tokenizer.n_vocab)) for b in raw]
+    docs = []
+    for text in (b.decode() for b in raw):
+        name = f'the document of {len(text):,} characters that begins with {text.lstrip()[:60]!r}'
+        docs.append(np.array(encode_document(tokenizer, text, name), np.min_scalar_type(tokenizer.n_vocab)))
     with open(f'{file}.tmp', 'wb') as f:
         ends = np.cumsum([len(doc) for doc in docs])
         np.savez(f, ids=np.concatenate(docs), ends=ends, val=held, states=json.dumps(states))

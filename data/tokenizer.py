@@ -1,10 +1,19 @@
 """
 Tokenizers by name.
 """
+import filecmp
 import hashlib
 import os
+import re
+import shutil
 
 from data.runtime import fail
+
+# of a Hugging Face folder: all that opens its tokenizer, and says which ids begin and end a text
+VOCABULARY = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+FILES = (*VOCABULARY, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+         'chat_template.jinja', 'config.json', 'generation_config.json')
+LONGEST_BLANK = 900_000      # characters: tiktoken's pattern gives up behind a million of white space
 
 
 def fingerprint(words):
@@ -41,6 +50,40 @@ def get_tokenizer(name):
     return of_tiktoken(name)
 
 
+def keep_files(name, out):
+    """
+    Copies the files of an hf:DIR tokenizer to OUT/tokenizer, where load_checkpoint() finds them, so that a checkpoint
+    in OUT opens when DIR is gone.
+    """
+    folder, kept, tmp = name.removeprefix('hf:'), f'{out}/tokenizer', f'{out}/.tokenizer.tmp'
+    files = [file for file in FILES if os.path.isfile(f'{folder}/{file}')]
+    own = [file for file in VOCABULARY if file in files]
+    if not name.startswith('hf:') or not own:
+        return
+    if os.path.isdir(kept):
+        if filecmp.cmpfiles(folder, kept, own, shallow=False)[0] != own:
+            fail(f'{kept} holds another tokenizer than {folder}: choose another folder for the checkpoint')
+        return
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
+        os.makedirs(tmp)
+        for file in files:
+            shutil.copyfile(f'{folder}/{file}', f'{tmp}/{file}')
+        os.replace(tmp, kept)
+    except OSError as e:
+        fail(f'could not save {kept} ({e.strerror}): free some space or choose another folder')
+
+
+def encode_document(tokenizer, text, name):
+    """The ids of a text; where the tokenizer gives up, the program ends with a line that names the document."""
+    try:
+        return tokenizer.encode(text)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:                       # a panic in Rust is no Exception, nor does it pickle
+        fail(f'{name} cannot be tokenised with {tokenizer.name} ({type(e).__name__}: {str(e)[:200]}): leave it out')
+
+
 def of_bytes():
     def decode(ids):
         return bytes(i for i in ids if i < 256).decode(errors='replace')
@@ -70,7 +113,7 @@ def of_hugging_face(name):
         fail('tokenizer hf:DIR needs transformers: pip install transformers')
     folder = os.path.abspath(name.removeprefix('hf:'))
     if not os.path.isdir(folder):
-        fail(f'tokenizer {name}: {folder} is not a folder')
+        fail(f'tokenizer {name}: {folder} is not a folder; where it lies now: --tokenizer hf:DIR')
     name = f'hf:{folder}'                            # found from wherever a script is started
     try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -97,6 +140,26 @@ def of_tiktoken(name):
         fail(f'tokenizer {name} could not be loaded ({type(e).__name__}): tiktoken downloads it once; without a '
              'network set TIKTOKEN_CACHE_DIR to a folder that holds it, or use bytes')
 
+    def encode(text):
+        ids = []
+        for part in between_blanks(text):
+            ids += enc.encode_ordinary(part)
+        return ids
+
     def decode(ids):
         return enc.decode([i for i in ids if i < enc.n_vocab])       # an untrained model may say a padded one
-    return Tokenizer(name, enc.n_vocab, enc.eot_token, enc.encode_ordinary, decode)
+    return Tokenizer(name, enc.n_vocab, enc.eot_token, encode, decode)
+
+
+def between_blanks(text):
+    """
+    The text, cut where tiktoken would give up: inside white space of a million characters, before the last of them,
+    which is where its patterns part it from the word behind it.
+    """
+    if len(text) <= LONGEST_BLANK:
+        return [text]
+    cuts = []
+    for blank in re.finditer(r'\s+', text):
+        if blank.end() - blank.start() > LONGEST_BLANK and blank.end() < len(text):
+            cuts.append(blank.end() - 1)
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]

@@ -46,7 +46,7 @@ def write_data(out, tokenizer, splits, source):
 
 def write_documents(f, docs, bos, dtype):
     """Writes documents one by one to an open file, each with BOS (unless None). Returns their part of the meta."""
-    starts, tokens, n_docs, longest, sha = [], 0, 0, 0, hashlib.sha256()
+    starts, tokens, n_docs, longest, largest_id, sha = [], 0, 0, 0, -1, hashlib.sha256()
     head = np.array([] if bos is None else [bos], dtype)
     for ids in docs:
         ids = np.concatenate((head, np.asarray(ids, dtype)))
@@ -55,11 +55,13 @@ def write_documents(f, docs, bos, dtype):
         tokens += len(ids)
         n_docs += 1
         longest = max(longest, len(ids))
+        largest_id = max(largest_id, int(ids.max(initial=0)))
         sha.update(ids.tobytes())
         f.write(ids.tobytes())
     if len(starts) < n_docs:
         starts = None
-    return dict(tokens=tokens, sha256=sha.hexdigest(), n_docs=n_docs, longest=longest, docs=starts)
+    return dict(tokens=tokens, sha256=sha.hexdigest(), n_docs=n_docs, longest=longest, largest_id=largest_id,
+                docs=starts)
 
 
 class Tokens:

@@ -396,31 +396,12 @@ def perplexity(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # passkey
 
-def in_transformers(file, ckpt, model, env):
+def in_transformers(ckpt, env):
     """The network of a checkpoint as a model of transformers that decodes as many tokens as it is told to."""
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    c = model.config
-    if c.qk_norm:
-        # convert.py does not export it. Qwen3 has it, with a gain (1 here), and RoPE (none where its frequencies are 0)
-        extended = c.rope_inv_freq or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any()
-        if c.pe not in ('nope', 'rope') or extended:
-            fail(f'{file}: with QK-norm, transformers knows only nope and rope, not extended')
-        shape = {theirs: getattr(c, ours) for ours, theirs in convert.SHAPE.items()}
-        config = Qwen3Config(**shape, head_dim=c.n_embd // c.n_head, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-                             max_position_embeddings=16 * c.block_size, tie_word_embeddings=False,
-                             bos_token_id=get_tokenizer(ckpt['tokenizer']).bos, eos_token_id=None, pad_token_id=None)
-        theirs = Qwen3ForCausalLM(config)
-        weights = {}
-        for name, weight in ckpt['model'].items():
-            if not name.endswith(('.scale', '.slope')):
-                weights[convert.hf_name(name)] = weight
-        theirs.load_state_dict(weights, strict=False)            # what it has more are the gains
-        if c.pe == 'nope':
-            theirs.model.rotary_emb.inv_freq.zero_()
-    else:
-        with tempfile.TemporaryDirectory() as tmp:
-            convert.write(ckpt, f'{tmp}/hf', 'fp32')
-            theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf')
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as tmp:
+        convert.write(ckpt, f'{tmp}/hf', 'fp32')
+        theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf')
     theirs.generation_config.eos_token_id = None     # or it would stop there, or be kept from it
     return theirs.to(env.device).eval()
 
@@ -433,7 +414,7 @@ def passkey(args):
     ckpt = load_checkpoint(args.passkey)
     model = load_model(ckpt).to(env.device).eval()
     tok = get_tokenizer(ckpt['tokenizer'])
-    theirs = in_transformers(args.passkey, ckpt, model, env)
+    theirs = in_transformers(ckpt, env)
 
     def our_scores(prompts, answers):
         """-> [(1 if the answer would be decoded, else 0; its log-probability)]"""

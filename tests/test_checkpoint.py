@@ -219,6 +219,25 @@ def test_data_of_another_tokenizer_of_the_same_size_is_refused():
         check_fits(GPTConfig(**SHAPE), dict(meta, tokenizer_fingerprint=theirs), 'data', ckpt=ckpt)
 
 
+@pytest.mark.parametrize('largest, fits', [(16, True), (17, False)])
+def test_an_added_token_counts_only_where_the_data_uses_it(largest, fits):
+    """A model of 17 rows and a tokenizer of 18 tokens, as many a folder of Hugging Face has them."""
+    words = {f'word {i}': i for i in range(18)}
+    mark = Tokenizer('hf:dir', 18, 0, None, None, words=words).fingerprint
+    ckpt = dict(tokenizer='hf:dir', tokenizer_fingerprint=mark)
+    meta = dict(vocab_size=18, tokenizer='hf:dir', tokenizer_fingerprint=mark, train=dict(largest_id=16),
+                val=dict(largest_id=largest))
+    if fits:
+        check_fits(GPTConfig(**SHAPE), meta, 'data', ckpt=ckpt)
+    else:
+        with refused('token 17', '17 only', 'added'):
+            check_fits(GPTConfig(**SHAPE), meta, 'data', ckpt=ckpt)
+    with refused('vocabulary of 18'):                # data of an older version does not tell
+        check_fits(GPTConfig(**SHAPE), dict(meta, val=dict()), 'data', ckpt=ckpt)
+    with refused('vocabulary of 18'):                # nor is it known whose ids these are
+        check_fits(GPTConfig(**SHAPE), meta, 'data', ckpt=dict(ckpt, tokenizer_fingerprint=None))
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_is_refused_by_name(bad):
     """Such a model finds 0 % of the keys, which is just what failing at length looks like."""

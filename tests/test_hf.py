@@ -13,11 +13,12 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, CPU, bits, check_refused, close, refused, run, set_heads
+from conftest import BATCH, CPU, bits, changed, check_refused, close, refused, run, set_heads
 from test_tokenizer import words_tokenizer
 
 import extend
 import train
+from data import sample
 from data.checkpoint import frozen, load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
 from data.runtime import Env
@@ -336,16 +337,20 @@ def test_the_other_scripts_open_it(corpus, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # out, without any package
 
-@pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer'])
+@pytest.mark.parametrize('case', ['rope', 'nope', 'tied', 'pi', 'yarn', 'llama3', 'tuned longer', 'qk_norm rope',
+                                  'qk_norm nope'])
 def test_round_trip_is_exact(case, saved, tmp_path):
     model, more = (
         build(
-            pe='nope' if case in ('nope', 'tuned longer') else 'rope',
+            pe='nope' if case in ('nope', 'tuned longer', 'qk_norm nope') else 'rope',
             block_size=64 if case == 'llama3' else 32,
             tie_embeddings=case == 'tied',
+            qk_norm='qk_norm' in case,
         ),
         {},
     )
+    if 'qk_norm' in case:
+        set_heads(model, [[1.3], [0.7]])             # of all heads of a layer
     if case == 'tuned longer':
         more = dict(args=dict(preset='tiny', length=100))
     if case in ('pi', 'yarn'):
@@ -376,6 +381,7 @@ def test_round_trip_is_exact(case, saved, tmp_path):
     assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)  # of bytes
     assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf'] and sorted(os.listdir(tmp_path / 'hf')) == [
         'config.json',
+        'generation_config.json',
         'pytorch_model.bin',
     ]
 
@@ -459,9 +465,32 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     for pad, want in (3, 3), (60, None), (None, None):           # one that no embedding has is left out
         (hf / 'config.json').write_text(json.dumps(dict(config, pad_token_id=pad)))
         assert convert.special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
-    shutil.rmtree(hf)
+    shutil.rmtree(hf)                                # a copy of it stays with the checkpoint
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out1')
+    assert sorted(os.listdir(tmp_path / 'out1')) == sorted(os.listdir(tmp_path / 'out'))
+    shutil.rmtree(tmp_path / 'tokenizer')
     assert 'no tokenizer goes along' in run(convert, tmp_path / 'a.pt', tmp_path / 'out2')
-    assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'pytorch_model.bin']
+    assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'generation_config.json', 'pytorch_model.bin']
+
+
+def test_the_generation_config_fits_the_exported_model(saved, tmp_path):
+    hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
+    stale = dict(max_length=128, max_new_tokens=100, eos_token_id=[2, 5], pad_token_id=99, top_p=0.9)
+    (hf / 'generation_config.json').write_text(json.dumps(stale))
+    checkpoint(tmp_path / 'a.pt', build(), f'hf:{hf}', extended=dict(length=512))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    written = json.loads((tmp_path / 'out/generation_config.json').read_text())
+    assert written == dict(eos_token_id=[2, 5], top_p=0.9, max_length=512)
+
+
+@pytest.mark.parametrize('tokenizer', ['bytes', 'passkey'])
+def test_an_export_says_what_does_not_follow(tokenizer, saved, tmp_path):
+    checkpoint(tmp_path / 'a.pt', build(vocab_size=300), tokenizer)
+    said = run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    assert f'the tokenizer {tokenizer} has no files' in said
+    assert 'llama.cpp rotates three of four layers of any SmolLM3' in said
+    checkpoint(tmp_path / 'b.pt', build(vocab_size=300, pe='rope'), tokenizer)
+    assert 'llama.cpp' not in run(convert, tmp_path / 'b.pt', tmp_path / 'out2')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,9 +597,10 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
 
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
-    case('qk_norm', build(qk_norm=True))
     for out in 'other.pt', 'hf.safetensors', 'hf.gguf':
         case(f'{out} folder', build(), out=out)
+    case('head size 5 odd', build(qk_norm=True, n_embd=20))
+    case('qk_norm=full', build(qk_norm='full'))
     sloped = build()
     set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
@@ -722,12 +752,62 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     same(load(hf, tmp_path / 'half').float(), tmp_path / 'a.pt', 120, tol=0.1)
 
 
+@pytest.mark.parametrize('case', ['tiny', 'alike', 'head', 'head-log', 'yarn', 'longrope'])
+@pytest.mark.parametrize('pe', ['nope', 'rope'])
+def test_qk_norm_runs_there_as_qwen3(pe, case, hf, tmp_path):
+    if pe == 'nope' and case in ('yarn', 'longrope'):
+        pytest.skip('stretches RoPE')
+    model = build(pe=pe, qk_norm=True, qk_gain=case == 'tiny')
+    lam = 1.0
+    if case == 'tiny':                               # what the preset learns: a gain for each head, here even below 0
+        set_heads(model, torch.randn(2, 4) * 2, 'gain')
+    if case == 'alike':
+        lam = torch.tensor([[1.3], [1.7]])           # of each layer
+    if case in ('head', 'yarn'):
+        lam = torch.rand(2, 4) * 2 + 0.5
+    if case == 'head-log':
+        set_heads(model, torch.rand(2, 4), 'slope')
+    if case == 'yarn':
+        model.config.rope_inv_freq, t = yarn(model.config, 128)
+        lam = lam * t
+    if case == 'longrope':
+        model.config.rope_inv_freq = [f / r for f, r in zip(rope_frequencies(model.config), (1, 1.3, 2.9, 5))]
+        lam = torch.rand(2, 4) + 1
+    set_heads(model, lam)
+    checkpoint(tmp_path / 'a.pt', model, extended=dict(length=128))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    there = load(hf, tmp_path / 'out')
+    same(there, tmp_path / 'a.pt', 128, tol=1e-4)
+    assert type(there).__name__ == 'Qwen3ForCausalLM'
+    assert there.config.head_dim == (8 if case == 'alike' else 16)       # twice as wide only where it must be
+    if case == 'alike':                              # and then nothing is lost on the way back
+        run(convert, tmp_path / 'out', tmp_path / 'b.pt')
+        assert changed(tmp_path / 'a.pt', tmp_path / 'b.pt') == set()
+
+
+def test_a_qwen3_with_a_gain_for_each_dimension_is_refused(hf, tmp_path):
+    model = random_llama(hf, 'Qwen3For', head_dim=8)
+    model.save_pretrained(tmp_path / 'hf')
+    with refused('_norm.weight', 'differs between dimensions'):
+        run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+
+
 def test_a_tokenizer_without_its_vocabulary_is_refused(hf, tmp_path):
     """transformers makes an empty one of it, without a word, and a corpus would be empty too."""
     words_tokenizer(tmp_path / 'words')
     os.remove(tmp_path / 'words/tokenizer.json')
     with refused('words'):
         get_tokenizer(f'hf:{tmp_path}/words')
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for(hf, tmp_path):
+    words_tokenizer(tmp_path / 'words')              # of 7 tokens
+    mark = get_tokenizer(f'hf:{tmp_path}/words').fingerprint
+    checkpoint(tmp_path / 'a.pt', build(vocab_size=6), f'hf:{tmp_path}/words', tokenizer_fingerprint=mark)
+    said = run(sample, tmp_path / 'a.pt', ['the grass is'], '--max_new_tokens 2 --device cpu')
+    assert '\nthe grass is' in said
+    with refused('green', 'token 6', '6 only'):
+        run(sample, tmp_path / 'a.pt', ['the grass is green'], '--max_new_tokens 2 --device cpu')
 
 
 def test_a_weight_that_is_not_finite_is_not_read(tmp_path):

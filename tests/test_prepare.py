@@ -146,11 +146,52 @@ def test_files_that_are_named_are_held_out(prepared, tmp_path, books):
     assert held == ['books/a/0.txt'] + [name for name in sorted(books) if '/b/' in name]
 
 
+@pytest.mark.parametrize('flags, share', [('', 0.1), ('--val 0.25', 0.25)])
+def test_the_last_part_of_a_single_file_is_held_out(flags, share, tmp_path):
+    whole = ''.join(f'line {i}\n' for i in range(1000))
+    (tmp_path / 'book.txt').write_text(whole)
+    said = run(text, tmp_path / 'book.txt', '--out', tmp_path / 'out', flags)
+    assert 'train.bin' in said and '1.00 bytes a token' in said
+    tok, found = get_tokenizer('bytes'), {}
+    for split in 'train', 'val':
+        data, meta = open_data(tmp_path / 'out', split)
+        (doc,) = documents(data, meta, split)
+        assert doc[0] == tok.bos
+        found[split] = tok.decode(np.asarray(doc).tolist())
+    assert found['train'] + found['val'] == whole    # every character once
+    assert found['val'].startswith('line ')          # whole lines
+    assert len(found['val']) == pytest.approx(share * len(whole), rel=0.01)
+
+
+def test_the_home_folder_may_be_a_tilde(books, tmp_path, monkeypatch):
+    """`make TEXT=~/books` comes here as it is written, in shells that leave it so."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    run(text, '~/books', '--val_files', '~/books/a', '--out', tmp_path / 'out')
+    assert json.loads((tmp_path / 'out/meta.json').read_text())['source']['val'][0] == 'books/a/0.txt'
+
+
+class Panic(BaseException):
+    """As a panic of Rust comes: no Exception, and it does not pickle."""
+
+
+def give_up(text):
+    raise Panic('StackOverflow')
+
+
+def test_a_document_that_the_tokenizer_gives_up_on_is_named(books, tmp_path, monkeypatch):
+    tok = get_tokenizer('bytes')
+    monkeypatch.setattr(tok, 'encode', give_up)
+    monkeypatch.setattr(text, 'get_tokenizer', lambda name: tok)
+    with refused('books/a/', '.txt', 'StackOverflow'):
+        run(text, tmp_path / 'books', '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out/meta.json').exists()
+
+
 @pytest.mark.parametrize('flags, words', [
     ('books/x', ['books/x', 'no such file']), ('none', ['none', 'no files']),
     ('books --val_files books/x', ['books/x']), ('latin.txt', ['latin.txt', 'byte 3']), ('.', ['latin.txt']),
     ('link.txt', ['link.txt']),
-    ('books/empty.txt', ['for val', '0 in all']), ('books/a/0.txt', ['for val', '1 in all']),
+    ('books/empty.txt', ['for val', '0 in all']), ('letter.txt', ['for val', '1 in all']),
     ('books --val_files books', ['for train']), ('books --val 0', ['--val']), ('books --val nan', ['--val']),
     ('books --tokenizer gpt5', ['gpt5', 'bytes']), ('books --tokenizer hf:none', ['hf:']),
     ('books --out latin.txt', ['--out'])])
@@ -158,6 +199,7 @@ def test_text_that_is_no_corpus_is_refused_and_nothing_changed(flags, words, boo
     monkeypatch.chdir(tmp_path)
     run(text, 'books --out out')
     before = (tmp_path / 'out/meta.json').read_bytes()
+    (tmp_path / 'letter.txt').write_text('a')
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
     (tmp_path / 'link.txt').symlink_to('nowhere')
     (tmp_path / 'none').mkdir()

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import python, refused, run
+from test_prepare import give_up
 
 from data import stream
 from data.fineweb_edu import prepare as fineweb_edu
 from data.pg19 import prepare as pg19
 from data.proof_pile import prepare as proof_pile
 from data.slimpajama_starcoder import prepare as mix
+from data.tokenizer import get_tokenizer
 from data.tokens import documents, open_data
 
 BYTES = '--tokenizer bytes --workers 2'
@@ -322,6 +324,14 @@ def test_what_is_no_corpus_costs_one_line(script, flags, words, kind, tmp_path):
     (tmp_path / 'none').mkdir()
     with refused(*words):
         run(script, BYTES, '--out', tmp_path / 'out', flags.format(tmp=tmp_path))
+
+
+def test_a_document_that_the_tokenizer_gives_up_on_is_named(tmp_path, monkeypatch):
+    tok = get_tokenizer('bytes')
+    monkeypatch.setattr(tok, 'encode', give_up)
+    monkeypatch.setattr(stream, 'tokenizer_of', lambda name: tok)
+    with refused('of 1,004 characters', "'once'", 'StackOverflow'):
+        stream.encode(str(tmp_path / 'shard'), 'bytes', 0.1, [' ' * 1000 + 'once'], None)
 
 
 def test_a_page_in_place_of_json_costs_one_line(kind, tmp_path):

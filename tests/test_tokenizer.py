@@ -1,13 +1,22 @@
 """What data/tokenizer.py promises: text comes back as it was, and only ever is text."""
 import os
+import random
+import shutil
 import tempfile
 
 import pytest
 import tiktoken
-from conftest import refused
+from conftest import CPU, TINY, refused, run
+from tiktoken_ext import openai_public
 
+import eval_passkey
+import extend
+import model
+import train
+from data import tokenizer
 from data.passkey import prepare as passkey
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, keep_files
+from data.tokens import write_data
 
 TOLD, ASKED = passkey.INFO.format(key=71432), passkey.QUESTION + passkey.ANSWER.format(key=90817)
 PROMPT = passkey.TASK + ''.join(passkey.GARBAGE) + TOLD + ASKED
@@ -63,6 +72,32 @@ def test_the_names_of_special_tokens_in_a_document_stay_text(name, tiny_tiktoken
     assert max(ids) < tok.n_vocab
 
 
+@pytest.fixture
+def gpt2_pattern(monkeypatch):
+    """GPT-2's pattern over bytes and runs of spaces, without its download. -> the encoding of tiktoken"""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks.update({b' ' * n: 254 + n for n in range(2, 9)})
+    enc = tiktoken.Encoding('like gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                            special_tokens={'<|endoftext|>': 263})
+    monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['gpt2'])
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: enc)
+    return enc
+
+
+def test_more_than_a_million_spaces_before_a_letter(gpt2_pattern):
+    """As in RedPajama: tiktoken alone ends in a panic of Rust, at the same document every time."""
+    tok, text = get_tokenizer('gpt2'), ' ' * 1_200_000 + 'a' + '\n' * 1_200_000 + 'b'
+    assert tok.decode(tok.encode(text)) == text
+
+
+def test_what_is_cut_out_of_long_blanks_has_the_same_ids(gpt2_pattern, monkeypatch):
+    monkeypatch.setattr(tokenizer, 'LONGEST_BLANK', 3)
+    rng = random.Random(1)
+    for _ in range(300):
+        text = ''.join(rng.choice(['a', "b's", '.', ' ' * rng.randint(1, 20), '\n', '\r\n \t']) for _ in range(30))
+        assert get_tokenizer('gpt2').encode(text) == gpt2_pattern.encode_ordinary(text), repr(text)
+
+
 def words_tokenizer(folder):
     """A tokenizer of transformers over a handful of words, saved in a folder of its own, without config.json."""
     tokenizers, transformers = pytest.importorskip('tokenizers'), pytest.importorskip('transformers')
@@ -79,6 +114,44 @@ def test_a_tokenizer_of_transformers(tmp_path):
     tok = get_tokenizer(f'hf:{tmp_path}')
     assert tok.encode('the grass is green') == [3, 4, 5, 6]
     assert (tok.n_vocab, tok.bos, tok.eos) == (7, 0, 1)
+
+
+@pytest.fixture
+def run_with_words(tmp_path):
+    """A run on data of a words_tokenizer, whose folder is tmp_path/words."""
+    words_tokenizer(tmp_path / 'words')
+    tok = get_tokenizer(f'hf:{tmp_path}/words')
+    write_data(tmp_path / 'data', tok, {s: [[3, 4, 5, 6] * 40] * 9 for s in ('train', 'val')}, source='')
+    run(train, TINY, '--steps 1 --data', tmp_path / 'data', '--out', tmp_path / 'run')
+    return tmp_path
+
+
+def test_a_checkpoint_opens_when_the_folder_of_its_tokenizer_is_gone(run_with_words, monkeypatch):
+    tmp_path = run_with_words
+    shutil.rmtree(tmp_path / 'words')
+    run(extend, f'--ckpt {tmp_path}/run --data {tmp_path}/data --out {tmp_path}/longer --method uniform --length 128',
+        f'--batch 2 --grid 1.2 --eval_tokens 0 --rows anywhere {CPU}')
+    run(train, TINY, f'--resume --steps 2 --data {tmp_path}/data --out {tmp_path}/run')
+    monkeypatch.chdir(tmp_path)
+    for ckpt in 'run', 'longer/uniform-128.pt':
+        assert '\nthe grass is' in run(model, ckpt, ['the grass is'], '--max_new_tokens 2 --device cpu')
+    os.rename('run/tokenizer', 'elsewhere')
+    with refused('not a folder', '--tokenizer'):
+        run(model, 'run', ['the grass'], '--device cpu')
+    said = run(model, 'run', ['the grass'], '--max_new_tokens 2 --device cpu --tokenizer hf:elsewhere')
+    assert '\nthe grass' in said
+
+
+def test_a_tokenizer_with_other_ids_is_refused(run_with_words):
+    tmp_path = run_with_words
+    file = tmp_path / 'run/tokenizer/tokenizer.json'
+    file.write_text(file.read_text().replace('"grass"', '"trees"'))
+    with refused('another tokenizer'):
+        run(model, tmp_path / 'run', ['the trees'], '--device cpu')
+    with refused('another tokenizer'):
+        run(eval_passkey, f'--ckpt {tmp_path}/run --tokenizer hf:{tmp_path}/run/tokenizer --device cpu')
+    with refused('run/tokenizer', 'another tokenizer', 'choose another folder'):
+        keep_files(f'hf:{tmp_path}/words', str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('name, words', [('gpt5', ['gpt5', 'bytes']), ('hf:nowhere', ['hf:'])])

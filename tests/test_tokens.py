@@ -28,6 +28,7 @@ def test_what_is_written_is_read(n_vocab, dtype, tmp_path):
     docs = dict(train=[[1, 2, n_vocab - 2], [], list(range(1000))], val=[[n_vocab - 2]])
     meta = write_data(tmp_path, fake(n_vocab), {split: iter(d) for split, d in docs.items()}, source='here')
     assert meta['source'] == 'here'
+    assert (meta['train']['largest_id'], meta['val']['largest_id']) == (n_vocab - 1, n_vocab - 1)        # BOS
     for split in docs:
         data, opened = open_data(tmp_path, split)
         assert opened == meta

@@ -5,14 +5,15 @@ A Hugging Face folder of the Llama family becomes our checkpoint, and a checkpoi
     python -m data.hf.convert TinyLlama-NoPE-1.1B out/nope/ckpt.pt --pe nope      # the paper's, whose config says Llama
     python -m data.hf.convert out/nope/head-8192.pt export/nope-8k --dtype bf16   # for transformers, vLLM, lm_eval
 
-In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE; config.json with model.safetensors or pytorch_model.bin,
-whole or in shards. Weights keep their own precision until a script opens them in fp32. block_size is the length before
-any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head stays tied, there and back. Frequencies here
-do not change with the length of the input, so two scalings are frozen: `dynamic` as it stands at factor x
-max_position_embeddings tokens, `longrope` at its long_factor.
-Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0. Temperatures are multiplied
-into q_proj in fp32, slopes as they stand at the length that the checkpoint was extended to; what no fixed matrix holds
-(QK-norm, LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
+In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE, Qwen3 with constant gains; config.json with
+model.safetensors or pytorch_model.bin, whole or in shards. Weights keep their own precision until a script opens them
+in fp32. block_size is the length before any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head
+stays tied, there and back. Frequencies here do not change with the length of the input, so two scalings are frozen:
+`dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
+Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0, and either with QK-norm a
+Qwen3ForCausalLM (nope is its RoPE with positions divided by 1e12). Temperatures are multiplied into q_proj in fp32, or
+into Qwen3's norms; slopes as they stand at the length that the checkpoint was extended to. What no fixed matrix holds
+(LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
 import json
 import math
@@ -32,21 +33,21 @@ from data.checkpoint import (
     save_checkpoint,
 )
 from data.runtime import fail, parser
-from data.tokenizer import fingerprint, get_tokenizer
+from data.tokenizer import FILES, VOCABULARY, fingerprint, get_tokenizer, keep_files
 from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
-ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM')      # by model_type
+ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM', qwen3='Qwen3ForCausalLM')   # by model_type
+SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+NO_ROPE = 1e12               # RoPE whose positions are divided by so much turns nothing
 SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
              n_kv_head='num_key_value_heads', n_embd='hidden_size', n_inner='intermediate_size')
 # fields that would make it another network, and the values that do not; the first stands for a missing one
 PLAIN = dict(
-    model_type=(None, 'llama', 'smollm3'), architectures=(None, ['LlamaForCausalLM'], ['SmolLM3ForCausalLM']),
+    model_type=(None, *ARCHITECTURE), architectures=(None, *([name] for name in ARCHITECTURE.values())),
     hidden_act=('silu',), attention_bias=(False,), mlp_bias=(False,), quantization_config=(None,),
     # of RoPE and its scaling
     partial_rotary_factor=(1, None), beta_fast=(32, None), beta_slow=(1, None), truncate=(True, None), mscale=(None,),
     mscale_all_dim=(None,))
-TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json',
-             'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'generation_config.json')
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -155,8 +156,10 @@ def read_config(folder, pe):
         if slides or set(config.get('layer_types') or ()) - {'full_attention'}:
             fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); '
                  'here every token sees all before it')
-        if config.get('head_dim') not in (None, config['hidden_size'] / config['num_attention_heads']):
-            fail(f'{file}: head_dim {config["head_dim"]} is not hidden_size / num_attention_heads, '
+        qwen3 = config.get('model_type') == 'qwen3'
+        head_dim = config.get('head_dim', 128 if qwen3 else None)
+        if head_dim not in (None, config['hidden_size'] / config['num_attention_heads']):
+            fail(f'{file}: head_dim {head_dim} is not hidden_size / num_attention_heads, '
                  'the only head size here')
         smollm3 = config.get('model_type') == 'smollm3'
         with_rope = [1]                              # of each layer, as far as they differ: 1 with RoPE, 0 without
@@ -177,7 +180,9 @@ def read_config(folder, pe):
                 fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
         theta = rope.get('rope_theta') or config.get('rope_theta') or (2e6 if smollm3 else 1e4)
         as_configured = 'rope' if with_rope[0] else 'nope'
-        c = GPTConfig(**shape, pe=pe or as_configured, norm_eps=float(config.get('rms_norm_eps', 1e-6)),
+        if rope.get('rope_type', rope.get('type')) == 'linear' and rope['factor'] >= NO_ROPE:
+            as_configured = 'nope'
+        c = GPTConfig(**shape, pe=pe or as_configured, qk_norm=qwen3, norm_eps=float(config.get('rms_norm_eps', 1e-6)),
                       rope_theta=float(theta))
         freq, lam = None, 1.0
         if c.pe == 'rope':
@@ -228,6 +233,8 @@ def weights(file):
 
 def open_tokenizer(folder):
     """The folder's tokenizer; None where none can be opened (it may come later), or without transformers."""
+    if not any(os.path.isfile(f'{folder}/{file}') for file in VOCABULARY):
+        return None                                  # transformers would make an empty one
     try:
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -236,14 +243,14 @@ def open_tokenizer(folder):
 
 
 def read(folder, out, pe):
-    """A Hugging Face folder -> the checkpoint file `out`, which opens its tokenizer there."""
+    """A Hugging Face folder -> the checkpoint file `out`, and the tokenizer's files in tokenizer/ beside it."""
     folder = os.path.abspath(folder)
     if not out.endswith('.pt'):
         fail(f'{out} must be a file name like out/name/ckpt.pt')
     if os.path.exists(out):
         fail(f'{out} exists already: remove it, or choose another name')
     c, lam, longest, tied = read_config(folder, pe)
-    files, model = weight_files(folder), {}
+    files, model, gains = weight_files(folder), {}, [lam] * c.n_layer      # gains: of all heads of a layer
     with torch.device('meta'):                       # names and shapes only
         want = {k: v.shape for k, v in GPT(c).state_dict().items()}
     ours = {hf_name(k): k for k in want if not k.endswith(('scale', 'slope'))}
@@ -252,6 +259,11 @@ def read(folder, out, pe):
     for file in files:
         for name, w in weights(file):
             if name.endswith('rotary_emb.inv_freq'):             # old folders store what config.json says
+                continue
+            if c.qk_norm and name.endswith(('.q_norm.weight', '.k_norm.weight')):
+                if (w != w[0]).any():
+                    fail(f'{file}: weight {name} differs between dimensions; QK-norm here has no gain for each')
+                gains[int(name.split('.')[2])] *= w[0].item()
                 continue
             if name not in ours:
                 fail(f'{file}: weight {name} has no counterpart here')
@@ -274,8 +286,9 @@ def read(folder, out, pe):
         more = ' ...' if len(missing) > 3 else ''
         fail(f'{folder} lacks {len(missing)} weights, {", ".join(missing[:3])}{more}: download it again')
     for i in range(c.n_layer):
-        model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), lam)
+        model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), gains[i])
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
+    keep_files(f'hf:{folder}', os.path.dirname(out))
     tokenizer = open_tokenizer(folder)
     # args: what train.py --init_from looks for (whose recipe, where rows begin), and the length that it was made for.
     # Packed chunks as they come, without BOS, are what TinyLlama and the paper's models were trained on
@@ -297,9 +310,20 @@ def read(folder, out, pe):
 # ---------------------------------------------------------------------------------------------------------------------
 # out
 
+def generation_config(source, ids, longest):
+    """As in the tokenizer's folder `source`, whose lengths were another model's."""
+    config = {}
+    if os.path.isfile(f'{source}/generation_config.json'):
+        config = read_json(f'{source}/generation_config.json')
+    for name in ('max_length', 'max_new_tokens', 'pad_token_id'):
+        config.pop(name, None)
+    named = {k: v for k, v in ids.items() if v is not None}
+    return {**named, **config, 'max_length': longest}
+
+
 def special_ids(tokenizer, vocab_size):
     """The ids for config.json: those of the tokenizer's folder, or the one that begins and so ends a document."""
-    folder, ids = tokenizer.removeprefix('hf:'), dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    folder, ids = tokenizer.removeprefix('hf:'), dict.fromkeys(SPECIAL)
     if tokenizer.startswith('hf:') and not os.path.isdir(folder):
         print(f'note: {folder} is not there any more, so no tokenizer goes along')
     elif tokenizer.startswith('hf:') and os.path.exists(f'{folder}/config.json'):
@@ -318,6 +342,46 @@ def longest(ckpt):
     return max(ckpt['config']['block_size'], ckpt['args'].get('length') or 0, extended.get('length') or 0)
 
 
+def doubled_heads(c):
+    """The GPTConfig of heads twice as wide, whose RoPE turns the first half of its pairs as c's turns all of them."""
+    wide = replace(c, n_embd=2 * c.n_embd, rope_theta=c.rope_theta ** 2, rope_inv_freq=None)
+    if c.rope_inv_freq:
+        last = c.rope_inv_freq[-1] / rope_frequencies(c)[-1]
+        rest = rope_frequencies(wide)[len(c.rope_inv_freq):]             # nothing is there to turn
+        wide = replace(wide, rope_inv_freq=c.rope_inv_freq + [f * last for f in rest])
+    return wide
+
+
+def fold_into_norms(model, attn, lam, c, wide):
+    """
+    Temperatures lam (nh,) of a layer with QK-norm, which would undo them in q_proj. The gains of Qwen3's norm come
+    after it and are shared by all heads of a layer: they take a temperature that all share. Where they differ, heads
+    become twice as wide. Of b q and a q side by side, with b^2 + a^2 = 2, the root mean square is that of q; keys are 0
+    beside a q, and so b alone is left in the scores, another one for each head.
+    """
+    width, most = wide.n_embd // wide.n_head, lam.abs().max().clamp(min=1e-6)
+    model[f'{attn}.k_norm.weight'] = torch.ones(width)
+    if wide is c:
+        model[f'{attn}.q_norm.weight'] = torch.full((width,), lam[0])
+        return
+    model[f'{attn}.q_norm.weight'] = torch.full((width,), most)
+    b = lam / most
+
+    def side_by_side(name, first, second):
+        w = model[f'{attn}.{name}_proj.weight'].float()
+        if name == 'o':                              # its columns are the heads
+            w = w.T
+        # RoPE's pairs (m, m + hs/2) become (m, m + hs)
+        w = w.reshape(-1, 2, width // 4, c.n_embd)   # (heads, 2, hs/2, C)
+        w = torch.cat((w * first, w * second), dim=2).reshape(-1, c.n_embd)
+        model[f'{attn}.{name}_proj.weight'] = w.T if name == 'o' else w
+
+    side_by_side('q', b[:, None, None, None], (2 - b * b).sqrt()[:, None, None, None])
+    side_by_side('k', math.sqrt(2), 0)               # its root mean square is that of k, too
+    side_by_side('v', 1, 0)
+    side_by_side('o', 1, 0)
+
+
 def write(ckpt, folder, dtype):
     """A checkpoint -> a Hugging Face folder, whole or not at all."""
     folder = os.path.abspath(folder)
@@ -328,12 +392,12 @@ def write(ckpt, folder, dtype):
     model, none = ckpt['model'], 'has it, so it cannot be exported'
     if c.pe not in ('rope', 'nope'):
         fail(f'pe={c.pe}: no architecture of transformers {none}')
-    if c.qk_norm:
-        fail(f'qk_norm: no architecture of transformers {none}; nor do temperatures fold into q_proj before it')
     n, sloped = longest(ckpt), any(model[k].any() for k in model if k.endswith('.slope'))
     if sloped and n <= c.block_size:
         fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to '
              'be frozen at: convert the one that extend.py wrote')
+    if c.qk_norm == 'full':
+        fail(f'qk_norm=full, over all heads together: no architecture of transformers {none}')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
@@ -341,6 +405,8 @@ def write(ckpt, folder, dtype):
     except ImportError:
         fail('writing model.safetensors needs safetensors: pip install safetensors')
     kind = 'llama' if c.pe == 'rope' else 'smollm3'
+    if c.qk_norm:
+        kind = 'qwen3'
     tied = torch.equal(model['embed.weight'], model['lm_head.weight'])
     shape = {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}
     config = dict(
@@ -348,27 +414,42 @@ def write(ckpt, folder, dtype):
         mlp_bias=False, rms_norm_eps=c.norm_eps, max_position_embeddings=n, tie_word_embeddings=tied,
         rope_theta=c.rope_theta, torch_dtype=str(DTYPES[dtype]).removeprefix('torch.'),
         **special_ids(ckpt['tokenizer'], c.vocab_size))
-    lam = 1.0                                        # the temperature that comes with RoPE's scaling
-    if n > c.block_size:
-        config['original_max_position_embeddings'] = c.block_size
-    if c.pe == 'rope':                               # the older names, which all versions read
-        config['rope_theta'], config['rope_scaling'], lam = write_scaling(c, n)
-    else:                                            # 0 is without RoPE
-        config.update(no_rope_layers=[0] * c.n_layer, layer_types=['full_attention'] * c.n_layer,
-                      use_sliding_window=False, sliding_window=None)
-    preflight(os.path.dirname(folder), sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize)
-
     scale, state = {}, {}
     for k in model:
         if k.endswith('.scale'):
             scale[k] = model[k] + model[k.replace('scale', 'slope')] * math.log(n / c.block_size)
             if c.qk_gain:
                 scale[k] = scale[k] * model[k.replace('scale', 'gain')]
+    alike = all((lam == lam[0]).all() for lam in scale.values())         # all heads of a layer
+    wide = c
+    if c.qk_norm:
+        if c.n_embd // c.n_head % 2:
+            fail(f'head size {c.n_embd // c.n_head} is odd: Qwen3 rotates pairs')
+        if not alike:
+            wide = doubled_heads(c)
+        config.update(head_dim=wide.n_embd // wide.n_head)
+    lam = 1.0                                        # the temperature that comes with RoPE's scaling
+    if n > c.block_size:
+        config['original_max_position_embeddings'] = c.block_size
+    if kind != 'llama':
+        config.update(layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
+    if c.pe == 'rope':                               # the older names, which all versions read
+        config['rope_theta'], config['rope_scaling'], lam = write_scaling(wide, n)
+    elif c.qk_norm:
+        config['rope_scaling'] = dict(rope_type='linear', factor=NO_ROPE)
+    else:
+        config['no_rope_layers'] = [0] * c.n_layer   # 0 is without RoPE
+    size = sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize
+    preflight(os.path.dirname(folder), size * wide.n_embd // c.n_embd)
+
+    if c.qk_norm:
+        for i in range(c.n_layer):
+            fold_into_norms(model, f'blocks.{i}.attn', scale[f'blocks.{i}.attn.scale'] / torch.tensor(lam), c, wide)
     for k in list(model):
         w = model.pop(k)                             # one copy at a time
         if k.endswith(('.scale', '.slope', '.gain')) or k.startswith('pos_') or (tied and k == 'lm_head.weight'):
             continue
-        if k.endswith('q_proj.weight'):              # 1.0 changes no bit
+        if k.endswith('q_proj.weight') and not c.qk_norm:        # 1.0 changes no bit
             fold = scale[k.replace('q_proj.weight', 'scale')] / torch.tensor(lam)                # (nh,), fp32
             w = (w.float().view(c.n_head, -1, c.n_embd) * fold[:, None, None]).view(w.shape)
         state[hf_name(k)] = w.to(DTYPES[dtype]).contiguous()
@@ -379,23 +460,34 @@ def write(ckpt, folder, dtype):
         shutil.rmtree(tmp, ignore_errors=True)       # of a run that was killed
         os.mkdir(tmp)
         source = ckpt['tokenizer'].removeprefix('hf:')
-        for name in TOKENIZER:
-            if ckpt['tokenizer'].startswith('hf:') and os.path.isfile(f'{source}/{name}'):
+        if not ckpt['tokenizer'].startswith('hf:'):
+            source = None
+        for name in FILES:
+            if source and os.path.isfile(f'{source}/{name}'):
                 shutil.copyfile(f'{source}/{name}', f'{tmp}/{name}')
         save_file(state, f'{tmp}/model.safetensors', metadata={'format': 'pt'})
-        with open(f'{tmp}/config.json', 'w') as f:
-            json.dump(config, f, indent=2)
+        ids = {name: config[name] for name in SPECIAL}
+        for file, content in ('config', config), ('generation_config', generation_config(source, ids, n)):
+            with open(f'{tmp}/{file}.json', 'w') as f:
+                json.dump(content, f, indent=2)
         os.replace(tmp, folder)
     except Exception as e:                           # safetensors has errors of its own
         fail(f'could not write {folder} ({one_line(e)}): free some space or choose another folder')
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing is there any more but after a failure
     said = f'{folder}: {ARCHITECTURE[kind]}, {dtype}, max_position_embeddings {n}'
-    if config.get('rope_scaling'):
+    if c.pe == 'rope' and config['rope_scaling']:
         said += f', RoPE {config["rope_scaling"]["rope_type"]}'
     if sloped:
         said += f'; temperatures as they are at {n} tokens, at every length'
+    if wide is not c:
+        said += f'; heads of {config["head_dim"]} instead of {c.n_embd // c.n_head}, which each have a temperature'
     print(said)
+    if source is None:
+        print(f'note: the tokenizer {ckpt["tokenizer"]} has no files for transformers, so none goes along')
+    if kind == 'smollm3':
+        print('warning: llama.cpp rotates three of four layers of any SmolLM3, so a GGUF of this folder would be '
+              'silently wrong')
 
 
 def parse_args(argv=None):

@@ -1,5 +1,5 @@
 r"""
-lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (QK-norm, n-hat, other encodings),
+lm-evaluation-harness on a checkpoint, in process: for what cannot be exported (n-hat, other encodings),
 and for prompts that must be cut in the middle, as LongBench's (its own backend for transformers cuts them on the left).
 
     python -m data.hf.harness run --model nanonope --model_args ckpt=out/nope/head-log-8192.pt --tasks piqa,openbookqa
@@ -20,10 +20,9 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from data.checkpoint import check_fits, frozen, load_checkpoint, load_model
+from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
 from data.hf.convert import longest, special_ids
 from data.runtime import fail, setup
-from data.tokenizer import get_tokenizer
 from model import DECODING, KVCache
 
 try:
@@ -61,21 +60,23 @@ class NanoNoPE(TemplateLM):
         self.model = frozen(load_model(ckpt), self.env)
         self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
-        self.tok = get_tokenizer(name)
+        self.max_length = int(max_length or longest(ckpt))
+        self.tok = open_tokenizer(ckpt, self.model.config, name, [self.max_length])
         self.ends = {self.tok.eos}                   # ids that end a text
         for ids in special_ids(name, self.model.config.vocab_size).values():
             self.ends.update(ids if isinstance(ids, list) else [ids])            # Llama 3 has several
-        self.max_length, self.batch_size, self.side = int(max_length or longest(ckpt)), int(batch_size), truncation_side
+        self.batch_size, self.side = int(batch_size), truncation_side
         self.add_bos = bool(add_bos_token and self.tok.bos is not None)
-        meta = dict(vocab_size=self.tok.n_vocab, tokenizer=name)
-        check_fits(self.model.config, meta, 'the tokenizer', [self.max_length])
 
     eot_token_id = property(lambda self: self.tok.bos)           # it begins a document, and so ends the one before
     tokenizer_name = property(lambda self: self.tok.name)        # its cache asks
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         bos = [self.tok.bos] if self.add_bos and add_special_tokens is not False else []
-        return bos + self.tok.encode(string)
+        ids = bos + self.tok.encode(string)
+        if ids:
+            check_ids(ids, self.model.config, self.tok)
+        return ids
 
     def anchor(self, ids, n, side):
         """At most n of the ids; what is cut begins with BOS all the same, as rows do in training."""
@@ -117,8 +118,8 @@ class NanoNoPE(TemplateLM):
         """[(text,)] -> [its log-probability], in windows of max_length that overlap only if the last would be short."""
         out = []
         for r in tqdm(requests, disable=disable_tqdm):
-            windows = utils.get_rolling_token_windows(self.tok.encode(r.args[0]), self.prefix_token_id, self.max_length,
-                                                      context_len=1)
+            ids = self.tok_encode(r.args[0], add_special_tokens=False)
+            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             total = 0.0
             for context, continuation in map(utils.make_disjoint_window, windows):
                 ids = torch.tensor([context + continuation], device=self.env.device)

@@ -1,5 +1,6 @@
 """
-Local text files as training or evaluation data, with any named tokenizer. One file is one document.
+Local text files as training or evaluation data, with any named tokenizer. One file is one document; of a single file
+the last tenth is for validation.
 
     python -m data.text.prepare books --out data/books --tokenizer gpt2              # one document in 20 for validation
     python -m data.text.prepare books --val_files books/heldout --out data/books     # these for validation
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from data.checkpoint import preflight
 from data.runtime import fail, parser
-from data.tokenizer import get_tokenizer
+from data.tokenizer import encode_document, get_tokenizer
 from data.tokens import write_data
 
 
@@ -25,7 +26,7 @@ def find(paths):
         fail(f'{e.filename} cannot be read ({e.strerror})')
 
     found = {}                                       # by real path: a file that is reached twice is one document
-    for path in paths:
+    for path in map(os.path.expanduser, paths):      # make TEXT=~/books: not every shell does it there
         files = [path] if os.path.isfile(path) else []
         if os.path.isdir(path):
             for folder, inside, names in os.walk(path, onerror=unreadable):
@@ -49,6 +50,17 @@ def read(file):
         fail(f'{file} cannot be read ({e.strerror}): restore it, or leave it out')
 
 
+def last_part(text, share):
+    """
+    Where the last part of a single document begins, in characters; with a line where one begins near. 0: it is too
+    short for two parts.
+    """
+    cut = round((1 - share) * len(text))
+    if cut == len(text):
+        return 0
+    return text.rfind('\n', max(0, cut - 1000), cut) + 1 or cut
+
+
 def parse_args(argv=None):
     p = parser(__doc__)
     # files
@@ -57,46 +69,57 @@ def parse_args(argv=None):
     p.add_argument('--tokenizer', default='bytes', help='bytes (default), gpt2, cl100k_base, ... or hf:DIR')
     # split, always between documents
     split = p.add_mutually_exclusive_group()
-    split.add_argument('--val', type=float, default=0.05,
-                       help='share of the documents for validation (default 0.05), at least one; 1: all')
+    split.add_argument('--val', type=float, help='share of the documents for validation (default 0.05), at least one; '
+                       '1: all. Of a single file: its last part (default 0.1)')
     split.add_argument('--val_files', nargs='+', metavar='FILE_OR_FOLDER', default=[],
                        help='the documents for validation; all others are for training')
     p.add_argument('--seed', type=int, default=0, help='which documents --val takes (default 0)')
     args = p.parse_args(argv)
-    if not 0 < args.val <= 1:
+    if args.val is not None and not 0 < args.val <= 1:
         fail(f'--val {args.val} must be above 0, and at most 1')
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    tokenizer, size = get_tokenizer(args.tokenizer), {}
+    tokenizer = get_tokenizer(args.tokenizer)
     docs, val = find(args.files + args.val_files), set(find(args.val_files))
     preflight(args.out, 0)
     # each file is read once before anything is written: what is no text shows now, not after an hour
     for f in tqdm(list(docs), desc='reading', unit='doc', disable=None):
-        size[f] = len(read(f).encode())
-        if not size[f]:
+        if not read(f):
             print(f'note: {docs.pop(f)!r} is empty, skipped')
     if not args.val_files:
         # the order is by a hash of each name: another file more or less hardly changes what the rest is for
         order = sorted(docs, key=lambda f: hashlib.sha256(os.fsencode(f'{args.seed}/{docs[f]}')).digest())
-        val = set(order if args.val == 1 else order[:min(max(1, round(args.val * len(docs))), len(docs) - 1)])
-    splits = {'train': [f for f in docs if f not in val], 'val': [f for f in docs if f in val]}
-    if not splits['val'] or not splits['train'] and args.val < 1:
+        share = args.val or 0.05
+        val = set(order if share == 1 else order[:min(max(1, round(share * len(docs))), len(docs) - 1)])
+    # each split: files, and which part of each
+    splits = dict(train=[], val=[])
+    for f in docs:
+        splits['val' if f in val else 'train'].append((f, slice(None)))
+    if len(docs) == 1 and not args.val_files and args.val != 1:
+        (f,) = docs
+        cut = last_part(read(f), args.val or 0.1)
+        if cut:
+            splits = dict(train=[(f, slice(0, cut))], val=[(f, slice(cut, None))])
+    if not splits['val'] or not splits['train'] and args.val != 1:
         empty = 'train' if splits['val'] else 'val'
         fail(f'no document is left for {empty} ({len(docs)} in all): give more files, or --val 1 for evaluation only')
+    size = dict(train=0, val=0)                      # bytes
 
     def encode(split):
-        for f in tqdm(splits[split], desc=split, unit='doc', disable=None):
-            yield tokenizer.encode(read(f))
+        for f, part in tqdm(splits[split], desc=split, unit='doc', disable=None):
+            text = read(f)[part]
+            size[split] += len(text.encode())
+            yield encode_document(tokenizer, text, f)
     texts = {split: encode(split) for split in splits}
-    source = {split: [docs[f] for f in files] for split, files in splits.items()}
+    source = {split: [docs[f] for f, _ in files] for split, files in splits.items()}
     meta = write_data(args.out, tokenizer, texts, source=source)
     for s, files in splits.items():
         n = meta[s]['tokens']
         print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {meta[s]["longest"]:,} tokens, '
-              f'{sum(size[f] for f in files) / max(1, n - len(files)):.2f} bytes a token')
+              f'{size[s] / max(1, n - len(files)):.2f} bytes a token')
 
 
 if __name__ == '__main__':
