@@ -37,7 +37,8 @@ class GPTConfig:
     n_kv_head: int = 4           # grouped-query attention: n_head / n_kv_head queries share one key and value
     n_embd: int = 2048
     n_inner: int = 5632          # width of the SwiGLU
-    pe: str = 'nope'
+    pe: str = 'nope'             # of all layers; or a pattern of nope and rope that repeats: 'rope,rope,rope,nope'
+    window: str = '0'            # tokens that a layer sees, itself included, 0 for all; or a pattern: '64,64,64,0'
     qk_norm: bool = False        # RMS-normalise q and k in each head, without a gain (DroPE, app. C)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
     norm_eps: float = 1e-5
@@ -49,14 +50,25 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if self.pe not in ENCODINGS:
-            raise ValueError(f'pe={self.pe!r} is unknown; one of {" ".join(ENCODINGS)}')
+        self.window = str(self.window)
+        for name in ('pe', 'window'):
+            words = getattr(self, name).split(',')
+            if len(words) > self.n_layer:
+                raise ValueError(f'{name}={getattr(self, name)} names {len(words)} layers of n_layer {self.n_layer}')
+            if len(set(words)) == 1:
+                setattr(self, name, words[0])
+        if not all(word.isdigit() for word in self.window.split(',')):
+            raise ValueError(f'window={self.window!r} must be tokens, 0 for all, or a pattern of them: 64,64,64,0')
+        plain = ',' not in self.pe and self.window == '0'
+        if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
+            raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
+                             'only nope and rope differ by layer, or have a window')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
         hs = self.head_size
-        if self.pe == 'rope' and hs % 2:
+        if 'rope' in self.layer_pe and hs % 2:
             raise ValueError(f'pe=rope rotates pairs: head size {hs} must be even')
         if self.rope_inv_freq is not None and len(self.rope_inv_freq) != hs // 2:
             raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {hs // 2} pairs')
@@ -64,6 +76,20 @@ class GPTConfig:
     @property
     def head_size(self):
         return self.n_embd // self.n_head
+
+    @property
+    def layer_pe(self):
+        return repeated(self.pe, self.n_layer)
+
+    @property
+    def layer_window(self):
+        return [int(word) for word in repeated(self.window, self.n_layer)]
+
+
+def repeated(pattern, n):
+    """'rope,rope,rope,nope' -> the word of each of n layers."""
+    words = pattern.split(',')
+    return [words[i % len(words)] for i in range(n)]
 
 
 PRESETS = dict(
@@ -80,6 +106,7 @@ class KVCache:
     """
     Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length. length: how
     many tokens there will be, where that is known: a temperature with a slope goes by it from the first token on.
+    A layer with a window keeps what the next token will see, in exactly as much memory.
     """
 
     def __init__(self, length=0):
@@ -87,10 +114,16 @@ class KVCache:
         self.len = 0                                 # tokens held
         self.length = length
 
-    def update(self, layer, k, v):
-        """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
+    def update(self, layer, k, v, window=0):
+        """Appends k, v (B, nkv, T, hs) and returns all keys and values that were held, and these."""
         start, end = self.len, self.len + k.size(2)
         held = self.kv.get(layer)
+        if window:
+            kv = torch.stack((k, v))
+            if held is not None:
+                kv = torch.cat((held, kv), dim=3)
+            self.kv[layer] = kv[:, :, :, max(0, kv.size(3) - window + 1):].clone()           # a view would hold it all
+            return kv
         if held is None or end > held.size(3):
             B, nkv, _, hs = k.shape
             larger = k.new_empty(2, B, nkv, max(2 * start, end + 64), hs)
@@ -177,6 +210,20 @@ def alibi_slopes(n_head):
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
+def band(pos, start, end, window):
+    """
+    Which keys the queries of a windowed layer see, (T, keys): those at most window - 1 tokens back. The keys are those
+    that its cache has kept, and the queries' own. None where plain causal attention does.
+    """
+    first = max(0, start - window + 1)
+    if end - first <= window and (start == 0 or end - start == 1):
+        return None
+    back = pos[:, None] - torch.arange(first, end, device=pos.device)
+    # right on every device, and fused. But a kernel that takes a mask computes what it hides as well: a window saves
+    # memory in the cache and no time, and costs T x T numbers, once for all rows and heads of a layer
+    return (back >= 0) & (back < window)
+
+
 def attend(q, k, v, mask=None):
     """
     Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
@@ -206,6 +253,7 @@ class Attention(nn.Module):
         super().__init__()
         self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.head_size
         self.layer, self.qk_norm, self.eps = layer, c.qk_norm, c.norm_eps
+        self.pe, self.window = c.layer_pe[layer], c.layer_window[layer]
         self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
@@ -224,7 +272,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         if slow_in_bf16(q):
             q, k, v = q.float(), k.float(), v.float()
-        if rope is not None:
+        if self.pe == 'rope':
             q, k = rotate(q, rope), rotate(k, rope)
         if self.qk_norm:                             # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
@@ -244,7 +292,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x, rope, log_len)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v, self.window)
         y = attend(q, k, v, mask)                    # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -296,7 +344,7 @@ class GPT(nn.Module):
             self.pos_bias = nn.Embedding(32, c.n_head)           # one table for all layers
         elif c.pe == 'alibi':
             self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head), device='cpu'), persistent=False)
-        elif c.pe == 'rope':
+        elif 'rope' in c.layer_pe:
             trained = torch.tensor(rope_frequencies(c), dtype=torch.float32, device='cpu')
             stretched = torch.tensor(c.rope_inv_freq or rope_frequencies(c), dtype=torch.float32, device='cpu')
             self.register_buffer('trained_freq', trained, persistent=False)
@@ -330,12 +378,16 @@ class GPT(nn.Module):
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
         rope = self.rotation(pos)
-        mask = self.mask(pos, start, end)
+        masks = {0: self.mask(pos, start, end)}
+        for window in c.layer_window:
+            if window not in masks:
+                masks[window] = band(pos, start, end, window)
         length = pos[-1:] + 1                        # of the sequence, which a decoder may know beforehand
         if cache is not None:
             length = length.clamp(min=cache.length)
         log_len = (length / c.block_size).clamp(min=1).log()         # (1,): 0 up to block_size
         for block in self.blocks:
+            mask = masks[block.attn.window]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
             else:
@@ -350,8 +402,8 @@ class GPT(nn.Module):
         return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
 
     def rotation(self, pos):
-        """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None for other encodings."""
-        if self.config.pe != 'rope':
+        """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None where no layer rotates."""
+        if 'rope' not in self.config.layer_pe:
             return None
         inv_freq = torch.where(pos[:, None] < self.config.rope_start, self.trained_freq, self.inv_freq)
         angle = pos[:, None].float() * inv_freq

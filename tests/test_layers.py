@@ -1,0 +1,173 @@
+"""Layers that differ: what a pattern of nope and rope with windows promises, held against formulas written out here."""
+import shutil
+
+import pytest
+import torch
+from conftest import BATCH, CPU, build, close, refused, run, same_weights, started, state
+from test_model import heat
+
+import extend
+import train
+from data.checkpoint import load_checkpoint, load_model
+from data.measure import attention_entropy
+from model import GPTConfig, KVCache
+
+L = 16                                               # the block_size of build()
+MIXED = dict(pe='rope,rope,nope', window='6,5,0', n_layer=3)
+patterns = pytest.mark.parametrize('shape', [
+    MIXED, dict(pe='nope,rope', n_layer=4), dict(pe='rope', window='7'), dict(pe='nope', window='0,1')], ids=str)
+FLAGS = f'--block_size 64 --n_layer 3 --n_head 2 --n_kv_head 1 --n_embd 32 --n_inner 48 --rows anywhere {BATCH} ' \
+        '--preset tiny --pe rope,rope,nope --window 24,8,0'
+
+
+def tokens(*shape):
+    return torch.randint(50, shape)
+
+
+@patterns
+def test_no_logit_depends_on_a_later_token(shape):
+    model, idx = heat(build(**shape)), tokens(2, 40)
+    other = torch.cat((idx[:, :11], (idx[:, 11:] + 1) % 50), dim=1)
+    before, after = model(idx)[0], model(other)[0]
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert (before[:, 11:] != after[:, 11:]).any(-1).all()
+
+
+def test_a_pattern_repeats_over_the_layers_and_one_word_is_one_word():
+    c = GPTConfig(n_layer=5, pe='rope,rope,nope', window='4,0')
+    assert c.layer_pe == ['rope', 'rope', 'nope', 'rope', 'rope']
+    assert c.layer_window == [4, 0, 4, 0, 4]
+    same = build(pe='rope,rope', window=0)
+    assert (same.config.pe, same.config.window) == ('rope', '0')
+    assert torch.equal(same(tokens(1, 9) * 0)[0], build('rope')(tokens(1, 9) * 0)[0])
+
+
+def test_layers_of_one_kind_are_what_they_were_bit_for_bit():
+    """A window that nothing is too far for leaves the kernel's own causal path, and a pattern mixes layers of both."""
+    idx = tokens(2, 40)
+    for pe in 'nope', 'rope':
+        assert torch.equal(build(pe, window=40)(idx)[0], build(pe)(idx)[0])
+        assert (build(pe, window=39)(idx)[0] != build(pe)(idx)[0]).any()
+
+
+@patterns
+def test_each_layer_has_its_encoding_and_its_window(shape):
+    """Against attention written out: the scores of a layer from its own input."""
+    model, seen, idx = build(**shape), {}, tokens(1, 30)
+    for i, block in enumerate(model.blocks):
+        block.attn.register_forward_hook(lambda m, x, y, i=i: seen.update({i: (x[0][0].double(), y[0].double())}))
+    model(idx)
+    pe = shape['pe'].split(',') * 4
+    windows = [int(w) for w in shape.get('window', '0').split(',')] * 4
+    theta = torch.tensor([1, 0.1, 0.01, 0.001]).double()             # 10000 ** (-2m / 8)
+    turn = torch.exp(1j * torch.arange(30).double()[:, None] * theta)
+    for i, block in enumerate(model.blocks):
+        x, y = seen[i]
+        heads = []
+        for h in range(4):
+            q = x @ block.attn.q_proj.weight.double()[8 * h:8 * h + 8].T
+            k, v = (x @ w.weight.double()[8 * (h // 2):][:8].T for w in (block.attn.k_proj, block.attn.v_proj))
+            if pe[i] == 'rope':
+                q, k = (torch.view_as_real(torch.complex(z[:, :4], z[:, 4:]) * turn).mT.flatten(1) for z in (q, k))
+            e = torch.exp(q @ k.T / 8 ** 0.5)
+            for t in range(30):
+                for j in range(30):
+                    if j > t or windows[i] and t - j >= windows[i]:
+                        e[t, j] = 0
+            heads.append(e / e.sum(1, keepdim=True) @ v)
+        close(torch.cat(heads, 1) @ block.attn.o_proj.weight.double().T, y)
+
+
+@patterns
+@pytest.mark.parametrize('chunks', [[1] * 80, [5, 1, 9, 1, 24, 2, 38], [79, 1]], ids=['single', 'mixed', 'prompt'])
+def test_cached_decoding_is_the_full_forward(shape, chunks):
+    model, cache, idx = heat(build(**shape)), KVCache(80), tokens(2, 80)
+    close(torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1), model(idx)[0])
+
+
+def test_the_cache_of_a_windowed_layer_holds_its_window_only():
+    model, cache = build(**MIXED), KVCache()
+    for part in tokens(2, 80).split([70, 1, 9], dim=1):
+        model(part, cache=cache)
+        for layer, window in (0, 6), (1, 5):
+            held = cache.kv[layer]
+            assert held.shape == (2, 2, 2, window - 1, 8)
+            assert held.untyped_storage().nbytes() == held.numel() * 4           # and not the prompt behind it
+
+
+def test_a_window_of_one_token_sees_itself_alone():
+    model, idx = build(pe='nope', window='1', n_layer=1), tokens(1, 20)
+    close(model(idx)[0][0], model(idx.T)[0][:, 0])
+
+
+def test_entropy_of_a_windowed_layer():
+    q, k = torch.zeros(1, 2, 9, 4), torch.randn(1, 1, 9, 4)          # attention is uniform over what is seen
+    back = torch.arange(9)[:, None] - torch.arange(9)
+    entropy = attention_entropy(q, k, block=4, bias=(back >= 0) & (back < 3))
+    close(entropy, torch.tensor([1, 2] + [3] * 7).log().expand(2, 9))
+
+
+@pytest.mark.parametrize('shape, words', [
+    (dict(pe='rope,alibi'), 'only nope and rope differ by layer'),
+    (dict(pe='rope,nope', n_layer=1), 'pe=rope,nope names 2 layers of n_layer 1'),
+    (dict(pe='alibi', window=4), 'only nope and rope differ by layer, or have a window'),
+    (dict(window='4,x'), "window='4,x'"),
+    (dict(window=-1), "window='-1'"),
+])
+def test_what_does_not_fit_is_refused(shape, words):
+    with pytest.raises(ValueError, match=words):
+        build(**shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+@pytest.fixture(scope='module')
+def straight(corpus, tmp_path_factory):
+    """A mixed run of six steps."""
+    out = str(tmp_path_factory.mktemp('runs') / 'mixed')
+    run(train, FLAGS, '--steps 6 --eval_every 3 --data', corpus, '--out', out)
+    return out
+
+
+def test_resume_is_bit_for_bit(straight, corpus, tmp_path):
+    flags = f'{FLAGS} --decay_steps 6 --eval_every 3 --data {corpus} --out {tmp_path}/run'
+    run(train, flags, '--steps 3')
+    run(train, flags, '--steps 6 --resume')
+    assert state(f'{tmp_path}/run') == state(straight)
+
+
+def test_resume_refuses_another_pattern(straight, corpus):
+    for change in '--pe rope,nope', '--window 24,24,0':
+        with refused(*change.split()):
+            run(train, f'{FLAGS} --steps 9 --resume --data {corpus} --out {straight}', change)
+
+
+@pytest.mark.parametrize('case', ['--pe rope,alibi', '--pe rope,abacus', '--window 3,-1', '--window a'])
+def test_flags_that_do_not_fit(case, corpus, tmp_path):
+    with refused(case.split()[0].removeprefix('--'), case.split()[1]):
+        run(train, f'{FLAGS} --steps 1 --data {corpus} --out {tmp_path}', case)
+
+
+def test_a_mixed_run_is_measured_and_stays_what_it_is(straight, corpus, tmp_path):
+    said = run(extend, f'--ckpt {straight} --data {corpus} --method none --out {tmp_path} --lengths 64,256 {CPU} '
+               '--eval_tokens 128 --stride 32')
+    assert 'rope,rope,nope, training length 64' in said
+    dropped = load_model(load_checkpoint(straight), pe='nope', window='0')
+    assert dropped.config.layer_pe == ['nope'] * 3
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(straight, corpus, tmp_path):
+    started(train, f'{FLAGS} --steps 6 --eval_every 3 --data {corpus} --out {tmp_path}/run', world=2,
+            log=f'{tmp_path}/log')
+    same_weights(f'{tmp_path}/run', straight)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on CPU needs g++')
+def test_a_compiled_run_is_a_plain_one(corpus, tmp_path):
+    flags = f'{FLAGS} --steps 4 --warmup 1 --lr 1e-4 --muon_lr 1e-4 --data {corpus} --out {tmp_path}'
+    for name in 'plain --no-compile', 'compiled --compile':
+        run(train, f'{flags}/{name}')
+    same_weights(f'{tmp_path}/compiled', f'{tmp_path}/plain')
