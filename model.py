@@ -4,7 +4,8 @@ the position encoding and an attention temperature lambda for each head, in unit
 
     alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
 
-for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). 1.0 is what pre-training uses.
+for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). 1.0 is what pre-training uses. Other laws
+put something else in the logarithm's place, see growth(). Layers may differ in encoding and window, see GPTConfig.
 
     model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
     logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 # cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
+LAWS = ('length', 'logn', 'llama4', 'swan')          # of a temperature, see growth()
 
 
 @dataclass
@@ -45,6 +47,9 @@ class GPTConfig:
     rope_theta: float = 10000.0
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
     rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
+    law: str = 'length'          # what the slopes of temperatures multiply, see growth()
+    law_at: float = 0            # the tokens that a law measures in; 0 is block_size
+    temperatures: str = 'nope'   # tuned in the NoPE layers of a mixed model (in a model of one kind in all), or 'all'
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
@@ -63,6 +68,10 @@ class GPTConfig:
         if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
             raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
                              'only nope and rope differ by layer, or have a window')
+        if self.law not in LAWS:
+            raise ValueError(f'law={self.law!r} is unknown; one of {" ".join(LAWS)}')
+        if self.temperatures not in ('nope', 'all'):
+            raise ValueError(f'temperatures={self.temperatures!r} are those of the nope layers, or of all')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
@@ -76,6 +85,13 @@ class GPTConfig:
     @property
     def head_size(self):
         return self.n_embd // self.n_head
+
+    @property
+    def tempered(self):
+        """The layers whose temperatures are tuned, and follow the law."""
+        if self.temperatures == 'all' or len(set(self.layer_pe)) == 1:
+            return list(range(self.n_layer))
+        return [layer for layer, pe in enumerate(self.layer_pe) if pe == 'nope']
 
     @property
     def layer_pe(self):
@@ -210,6 +226,20 @@ def alibi_slopes(n_head):
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
+def growth(c, n):
+    """
+    What the slope of a temperature multiplies, by the law of a GPTConfig. n: the tokens up to each query, (T,); for the
+    law of the length those of the whole sequence, (1,). All laws but that one let a decoder go on without an end.
+    """
+    at = c.law_at or c.block_size
+    if c.law == 'llama4':                            # Meta 2025: 1 + 0.1 ln(1 + floor(n / 8192))
+        return (1 + (n / at).floor()).log()
+    if c.law == 'swan':                              # Puvvada et al. 2025: log_a(a + n) = 1 + ln(1 + n / a) / ln a
+        return (1 + n / at).log()
+    # LogN (Su 2021; Qwen): max(1, log_L n) = 1 + ln max(1, n / L) / ln L, and the same by the length
+    return (n / at).clamp(min=1).log()
+
+
 def band(pos, start, end, window):
     """
     Which keys the queries of a windowed layer see, (T, keys): those at most window - 1 tokens back. The keys are those
@@ -264,7 +294,7 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.ones(self.nh), requires_grad=False)
         self.slope = nn.Parameter(torch.zeros(self.nh), requires_grad=False)
 
-    def qkv(self, x, rope, log_len):
+    def qkv(self, x, rope, log_n):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.nh, self.hs).transpose(1, 2)
@@ -277,20 +307,20 @@ class Attention(nn.Module):
         if self.qk_norm:                             # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        q = q * self.temperature(log_len)            # by 1.0 it is the identity, bit for bit
+        q = q * self.temperature(log_n)            # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
-    def temperature(self, log_len):
-        """lambda_h = scale_h + slope_h ln max(1, n / block_size), times the learned gain: (nh, 1, 1), fp32."""
-        lam = self.scale[:, None] + self.slope[:, None] * log_len
+    def temperature(self, log_n):
+        """lambda_h = scale_h + slope_h growth(n), times the learned gain: (nh, 1 or T, 1), fp32."""
+        lam = self.scale[:, None] + self.slope[:, None] * log_n
         if self.gain is not None:
             lam = lam * self.gain[:, None]
         return lam[:, :, None]
 
-    def forward(self, x, rope, log_len, mask=None, cache=None):
+    def forward(self, x, rope, log_n, mask=None, cache=None):
         """x (B, T, C) -> (B, T, C). rope, mask: see GPT.rotation, GPT.mask."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x, rope, log_len)
+        q, k, v = self.qkv(x, rope, log_n)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, self.window)
         y = attend(q, k, v, mask)                    # (B, nh, T, hs)
@@ -318,8 +348,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, log_len, mask=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope=rope, log_len=log_len, mask=mask, cache=cache)
+    def forward(self, x, rope, log_n, mask=None, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope=rope, log_n=log_n, mask=mask, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -382,16 +412,18 @@ class GPT(nn.Module):
         for window in c.layer_window:
             if window not in masks:
                 masks[window] = band(pos, start, end, window)
-        length = pos[-1:] + 1                        # of the sequence, which a decoder may know beforehand
-        if cache is not None:
-            length = length.clamp(min=cache.length)
-        log_len = (length / c.block_size).clamp(min=1).log()         # (1,): 0 up to block_size
+        n = pos + 1
+        if c.law == 'length':                        # of the sequence, which a decoder may know beforehand
+            n = n[-1:]
+            if cache is not None:
+                n = n.clamp(min=cache.length)
+        log_n = growth(c, n)                         # (1,) or (T,)
         for block in self.blocks:
             mask = masks[block.attn.window]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, log_n, mask, use_reentrant=False)
             else:
-                x = block(x, rope, log_len, mask, cache)
+                x = block(x, rope, log_n, mask, cache)
         if cache is not None:
             cache.len = end
         if rows is not None:

@@ -102,7 +102,7 @@ def load_model(ckpt, **override):
     config = {**ckpt['config'], **override}
     other_pe = config['pe'] != ckpt['config']['pe']
     if other_pe:
-        config.update(rope_inv_freq=None, rope_start=0)
+        config.update(dict(rope_inv_freq=None, rope_start=0, law='length', law_at=0) | override)
     try:
         with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
             model = GPT(GPTConfig(**config))

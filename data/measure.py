@@ -141,7 +141,7 @@ def entropies(model, docs, T, env, samples=4):
     found = []
 
     def look(attn, x, given):
-        q, k, _ = attn.qkv(*x, given['rope'], given['log_len'])
+        q, k, _ = attn.qkv(*x, given['rope'], given['log_n'])
         found.append(attention_entropy(q, k, bias=given['mask']))
 
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]

@@ -1,16 +1,18 @@
 """Layers that differ: what a pattern of nope and rope with windows promises, held against formulas written out here."""
+import math
+import os
 import shutil
 
 import pytest
 import torch
-from conftest import BATCH, CPU, build, close, refused, run, same_weights, started, state
+from conftest import BATCH, CPU, build, check_refused, close, refused, run, same_weights, started, state
 from test_model import heat
 
 import extend
 import train
 from data.checkpoint import load_checkpoint, load_model
 from data.measure import attention_entropy
-from model import GPTConfig, KVCache
+from model import GPTConfig, KVCache, growth
 
 L = 16                                               # the block_size of build()
 MIXED = dict(pe='rope,rope,nope', window='6,5,0', n_layer=3)
@@ -117,6 +119,133 @@ def test_entropy_of_a_windowed_layer():
 def test_what_does_not_fit_is_refused(shape, words):
     with pytest.raises(ValueError, match=words):
         build(**shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# laws of temperature
+
+def published(law, n, at):
+    """The temperature of the query that sees n tokens, as each law was published."""
+    if law == 'logn':                                # Su 2021; Qwen's code
+        return max(1, math.log(n, at))
+    if law == 'llama4':                              # its modeling code: positions from 0
+        return 1 + 0.1 * math.log(math.floor(((n - 1) + 1) / at) + 1)
+    return math.log(at + n, at)                      # SWAN
+
+
+every_law = pytest.mark.parametrize('law', ['logn', 'llama4', 'swan'])
+
+
+def lawful(law, at=0, **shape):
+    """A model under a law as published; at 0: in units of its training length."""
+    model = build(**shape)
+    extend.set_law(model, law, at or L)
+    model.config.law_at = at                         # 0 stands for the training length
+    return model
+
+
+@every_law
+@pytest.mark.parametrize('at', [0, 7])
+def test_a_law_is_what_was_published(law, at):
+    model, n = lawful(law, at), torch.arange(1, 100)
+    found = model.blocks[0].attn.temperature(growth(model.config, n))        # (nh, T, 1)
+    want = torch.tensor([published(law, i, at or L) for i in range(1, 100)])
+    close(found, want[None, :, None].expand(4, 99, 1))
+
+
+@every_law
+@pytest.mark.parametrize('shape', [dict(pe='nope'), MIXED], ids=str)
+def test_a_law_multiplies_the_query_in_the_nope_layers(law, shape):
+    """Each query is what it would be in the plain model at its own, constant, temperature."""
+    model, plain, idx = lawful(law, **shape), build(**shape), tokens(1, 40)
+    if len(plain.blocks) > 2:                        # one layer with a temperature: the last
+        assert [i for i, b in enumerate(model.blocks) if b.attn.slope.any()] == [2]
+    else:                                            # else the layers before would see other temperatures
+        model.config.n_layer, model.blocks, plain.blocks = 1, model.blocks[:1], plain.blocks[:1]
+    for t in 3, 15, 16, 31, 39:
+        plain.blocks[-1].attn.scale.data.fill_(published(law, t + 1, L))
+        close(model(idx)[0][:, t], plain(idx)[0][:, t])
+
+
+@every_law
+def test_a_law_of_the_position_decodes_without_knowing_the_length(law):
+    model, idx = heat(lawful(law, **MIXED)), tokens(2, 80)
+    for cache in KVCache(), KVCache(80):
+        parts = [model(part, cache=cache)[0] for part in idx.split([5, 1, 9, 1, 24, 2, 38], dim=1)]
+        close(torch.cat(parts, dim=1), model(idx)[0])
+    close(model(idx[:, :30])[0], model(idx)[0][:, :30])              # and what comes later changes nothing
+
+
+def test_llama_4_scales_as_its_own_code_does():
+    """Llama 4's attention without RoPE, from transformers: the same weights give the same output at all positions."""
+    llama4 = pytest.importorskip('transformers.models.llama4.modeling_llama4')
+    config = llama4.Llama4TextConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                                     num_hidden_layers=1, no_rope_layers=[0], floor_scale=16, attn_scale=0.1,
+                                     attn_implementation='eager')
+    theirs, model = llama4.Llama4TextAttention(config, 0), lawful('llama4')
+    ours = model.blocks[0].attn
+    names = [f'{x}_proj.weight' for x in 'qkvo']
+    theirs.load_state_dict({name: ours.state_dict()[name] for name in names})
+    x = torch.randn(2, 70, 32)
+    future = torch.full((70, 70), float('-inf')).triu(1)[None, None]
+    log_n = growth(model.config, torch.arange(1, 71))
+    close(ours(x, None, log_n), theirs(x, None, future)[0])
+
+
+def extended(straight, corpus, out, flags):
+    run(extend, f'--ckpt {straight} --data {corpus} --out {out} --length 128 --batch 2 --eval_tokens 0',
+        f'--grid_batches 1 --grid 1,1.5 {CPU}', flags)
+    return load_model(load_checkpoint(f'{out}/{os.listdir(out)[0]}'))
+
+
+@every_law
+def test_uniform_takes_a_law_as_published_in_the_nope_layers(law, straight, corpus, tmp_path):
+    model = extended(straight, corpus, tmp_path, f'--method uniform --law {law}')
+    c, n = model.config, torch.arange(1, 300)
+    assert os.listdir(tmp_path) == [f'uniform-{law}-128.pt']
+    if law == 'swan':                                # the best of a grid around the training length
+        assert c.law_at in [64 * 2.0 ** k for k in range(-4, 5)]
+    want = torch.tensor([published(law, i, c.law_at) for i in range(1, 300)])
+    for i in 0, 1, 2:
+        found = model.blocks[i].attn.temperature(growth(c, n)) / model.blocks[i].attn.gain[:, None, None]
+        close(found, (want if i == 2 else torch.ones(299))[None, :, None].expand(2, 299, 1))
+
+
+@every_law
+def test_head_tunes_the_slopes_of_a_law_in_the_nope_layers(law, straight, corpus, tmp_path):
+    before = load_model(load_checkpoint(straight)).state_dict()
+    model = extended(straight, corpus, tmp_path, f'--method head --law {law} --law_at 32 --steps 3 --lr 0.1 --init 1.2')
+    differs = {name for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
+    assert differs == {'blocks.2.attn.slope'}
+    assert (model.config.law, model.config.law_at) == (law, 32)
+    found = model.blocks[2].attn.slope * growth(model.config, torch.tensor(128)) + 1
+    assert (found >= 1).all() and (found != 1.2).all() and (found - 1.2).abs().max() < 0.35      # steps of lr 0.1
+
+
+def test_temperatures_of_a_mixed_model_are_those_of_its_nope_layers_or_of_all(straight, corpus, tmp_path):
+    few = extended(straight, corpus, tmp_path / 'nope', '--method uniform --grid 1.5')
+    every = extended(straight, corpus, tmp_path / 'all', '--method uniform --grid 1.5 --temperatures all')
+    assert [b.attn.scale.tolist() for b in few.blocks] == [[1, 1], [1, 1], [1.5, 1.5]]
+    assert [b.attn.scale.tolist() for b in every.blocks] == [[1.5, 1.5]] * 3
+    log = extended(straight, corpus, tmp_path / 'log', '--method head-log --steps 2')
+    assert [bool(b.attn.slope.any()) for b in log.blocks] == [False, False, True]
+
+
+def test_another_encoding_leaves_the_law_behind(straight, corpus, tmp_path):
+    extended(straight, corpus, tmp_path, '--method uniform --law logn')
+    ckpt = load_checkpoint(f'{tmp_path}/uniform-logn-128.pt')
+    dropped = load_model(ckpt, pe='nope')
+    assert dropped.config.law == 'length' and not any(b.attn.slope.any() for b in dropped.blocks)
+    assert load_model(ckpt).config.law == 'logn'
+
+
+@pytest.mark.parametrize('case', [
+    '--method head-log --law logn : --law', '--method none --law swan : --law',
+    '--method uniform --law_at 99 : --law_at', '--method uniform --law swan --law_at 1 : --law_at 1',
+    '--method head --law llama4 --length 64 : llama4 64 longer',
+    '--method uniform --law cosine : --law'])
+def test_laws_that_do_not_fit(case, straight, corpus, tmp_path):
+    check_refused(extend, f'--ckpt {straight} --data {corpus} --out {tmp_path} {CPU}', case)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -326,6 +326,8 @@ def write(ckpt, folder, dtype):
     if sloped and n <= c.block_size:
         fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to '
              'be frozen at: convert the one that extend.py wrote')
+    if sloped and c.law != 'length':
+        fail(f'law {c.law} goes by the position of a query, which no fixed matrix knows: no architecture here {none}')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:

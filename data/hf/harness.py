@@ -59,7 +59,8 @@ class NanoNoPE(TemplateLM):
             fail('data.hf.harness is one process: start it without torchrun')
         ckpt = load_checkpoint(str(ckpt))
         self.model = frozen(load_model(ckpt), self.env)
-        self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
+        by_length = self.model.config.law == 'length'
+        self.sloped = by_length and any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.tok = get_tokenizer(name)
         self.ends = {self.tok.eos}                   # ids that end a text
