@@ -466,11 +466,16 @@ def check(args, model, env):
         fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
     if args.method == 'none':
         return
+    if model.config.law == 'ssmax':
+        fail(f'{args.ckpt} has learned its temperatures (scalable softmax): measure it with --method none')
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
         fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length < L):
         fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
              f'above {L}: this one is pe={pe}')
+    if method.rope_only and model.config.rope_fraction < 1:
+        fail(f'--method {args.method} stretches all frequencies: of rope_fraction {model.config.rope_fraction:g} '
+             'some are zero')
     if args.method.endswith('-log') and args.length <= L:
         fail(f'--method {args.method} changes what lies past the training length {L}: '
              f'--length {args.length} must be longer')

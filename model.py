@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 # cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
-LAWS = ('length', 'logn', 'llama4', 'swan')          # of a temperature, see growth()
+LAWS = ('length', 'logn', 'llama4', 'swan', 'ssmax')         # of a temperature, see growth()
 
 
 @dataclass
@@ -45,6 +45,7 @@ class GPTConfig:
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0   # p-RoPE: so many of the frequencies rotate, the highest ones (Barbero et al. 2025)
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
     rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
     law: str = 'length'          # what the slopes of temperatures multiply, see growth()
@@ -68,6 +69,8 @@ class GPTConfig:
         if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
             raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
                              'only nope and rope differ by layer, or have a window')
+        if not 0 <= self.rope_fraction <= 1:
+            raise ValueError(f'rope_fraction {self.rope_fraction} must lie between 0 and 1')
         if self.law not in LAWS:
             raise ValueError(f'law={self.law!r} is unknown; one of {" ".join(LAWS)}')
         if self.temperatures not in ('nope', 'all'):
@@ -156,7 +159,9 @@ class KVCache:
 
 def rope_frequencies(c):
     """Su et al. 2021, sec. 3.2.2: the hs/2 inverse frequencies of a GPTConfig as trained, theta^(-2m / hs)."""
-    return [c.rope_theta ** (-2 * m / c.head_size) for m in range(c.head_size // 2)]
+    freq = [c.rope_theta ** (-2 * m / c.head_size) for m in range(c.head_size // 2)]
+    rotating = round(c.rope_fraction * len(freq))
+    return freq[:rotating] + [0.0] * (len(freq) - rotating)
 
 
 def pi(c, length):
@@ -232,6 +237,8 @@ def growth(c, n):
     law of the length those of the whole sequence, (1,). All laws but that one let a decoder go on without an end.
     """
     at = c.law_at or c.block_size
+    if c.law == 'ssmax':                             # scalable softmax (Nakanishi 2025): s_h ln n, scale_h is 0
+        return n.log()
     if c.law == 'llama4':                            # Meta 2025: 1 + 0.1 ln(1 + floor(n / 8192))
         return (1 + (n / at).floor()).log()
     if c.law == 'swan':                              # Puvvada et al. 2025: log_a(a + n) = 1 + ln(1 + n / a) / ln a
@@ -290,9 +297,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
         # the gain belongs to the model and trains with it; 1-D, so without weight decay
         self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
-        # the temperature of each query head. 1-D as well; frozen until extend.py asks
-        self.scale = nn.Parameter(torch.ones(self.nh), requires_grad=False)
-        self.slope = nn.Parameter(torch.zeros(self.nh), requires_grad=False)
+        # the temperature of each query head, see GPT.reset_temperatures. 1-D as well; frozen until extend.py asks
+        self.scale = nn.Parameter(torch.empty(self.nh), requires_grad=False)
+        self.slope = nn.Parameter(torch.empty(self.nh), requires_grad=False)
 
     def qkv(self, x, rope, log_n):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
@@ -385,6 +392,17 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=init_std(c, name))
+        self.reset_temperatures()
+
+    def reset_temperatures(self):
+        """1 for every head; where scalable softmax learns them, ln n / ln block_size to begin with."""
+        c = self.config
+        for layer, block in enumerate(self.blocks):
+            learned = c.law == 'ssmax' and layer in c.tempered
+            start = 1 / math.log(max(2, c.block_size))
+            block.attn.scale.data = torch.full_like(block.attn.scale, 0.0 if learned else 1.0)
+            block.attn.slope.data = torch.full_like(block.attn.slope, start if learned else 0.0)
+            block.attn.slope.requires_grad = learned
 
     def forward(self, idx, targets=None, rows=None, cache=None):
         """

@@ -32,6 +32,7 @@ from data.runtime import (
     choose_dtype,
     compiled,
     finish,
+    fraction,
     listen,
     lr_factor,
     natural,
@@ -83,6 +84,10 @@ def parse_args(argv=None):
                    'for --pe: 64,64,64,0')
     p.add_argument('--qk_norm', action=yes_no, help='normalise q and k in each head')
     p.add_argument('--qk_gain', action=yes_no, help='learn a factor on the scores of each head')
+    p.add_argument('--rope_fraction', type=fraction, help='p-RoPE: so many of the frequencies of RoPE rotate, the '
+                   'highest ones (default 1; 0.75 in the paper)')
+    p.add_argument('--scalable_softmax', dest='law', action='store_const', const='ssmax', help='learn a factor on the '
+                   'scores of each head times ln n for token n, instead of 1; with --init_from swapped in')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         p.add_argument(f'--{name}', type=positive_int, help='default: the preset\'s')
     # batch

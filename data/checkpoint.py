@@ -102,7 +102,10 @@ def load_model(ckpt, **override):
     config = {**ckpt['config'], **override}
     other_pe = config['pe'] != ckpt['config']['pe']
     if other_pe:
-        config.update(dict(rope_inv_freq=None, rope_start=0, law='length', law_at=0) | override)
+        config.update(rope_inv_freq=None, rope_start=0)
+    law = ckpt['config'].get('law', 'length')
+    if other_pe and law != 'ssmax':                  # its slopes are weights, and stay
+        config.update(dict(law='length', law_at=0) | override)
     try:
         with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
             model = GPT(GPTConfig(**config))
@@ -130,11 +133,9 @@ def load_model(ckpt, **override):
             weights[name] = have[name].detach().to(shape.dtype, copy=tied and name == 'lm_head.weight')
         else:                                        # the table of a position encoding that the checkpoint lacks
             weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
-    if other_pe:
-        for name in weights:
-            if name.endswith(('scale', 'slope')):
-                weights[name] = torch.full_like(weights[name], float(name.endswith('scale')))
     model.load_state_dict(weights, assign=True)
+    if model.config.law != law or other_pe and law != 'ssmax':
+        model.reset_temperatures()
     return model
 
 

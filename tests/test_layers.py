@@ -249,6 +249,71 @@ def test_laws_that_do_not_fit(case, straight, corpus, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# trained in: scalable softmax, p-RoPE
+
+def slopes(path):
+    ckpt = load_checkpoint(str(path))['model']
+    return torch.stack([w for name, w in ckpt.items() if name.endswith('slope')])
+
+
+@pytest.mark.parametrize('shape', [dict(pe='nope', n_layer=3), MIXED], ids=str)
+def test_scalable_softmax_is_a_factor_times_ln_n(shape):
+    model, plain, idx = build(law='ssmax', **shape), build(**shape), tokens(1, 40)
+    where = [2] if shape == MIXED else [0, 1, 2]
+    assert [i for i, b in enumerate(model.blocks) if b.attn.slope.requires_grad] == where
+    for i in where:
+        block = model.blocks[i]
+        at_L = block.attn.temperature(growth(model.config, torch.tensor([L])))
+        close(at_L, torch.ones(4, 1, 1))             # where it starts: nothing changes at the training length
+        block.attn.slope.data.copy_(torch.tensor([0.1, 0.43, 0.7, 1]))
+    log = torch.arange(1, 41).log()
+    for layer, block in enumerate(plain.blocks):     # softmax(s ln n z): s ln n on each query, by hand
+        def scaled(m, x, q, layer=layer):
+            s = torch.tensor([0.1, 0.43, 0.7, 1]).repeat_interleave(8)
+            return q * s * log[:, None] if layer in where else q
+        block.attn.q_proj.register_forward_hook(scaled)
+    close(model(idx)[0], plain(idx)[0])
+    cache = KVCache()
+    close(torch.cat([model(part, cache=cache)[0] for part in idx.split([5, 1, 34], dim=1)], dim=1), model(idx)[0])
+
+
+def test_scalable_softmax_is_trained_resumed_and_swapped_in(straight, corpus, tmp_path):
+    flags = f'{FLAGS} --scalable_softmax --decay_steps 4 --data {corpus} --out {tmp_path}'
+    run(train, f'{flags}/whole --steps 4')
+    run(train, f'{flags}/halves --steps 2')
+    run(train, f'{flags}/halves --steps 4 --resume')
+    assert state(tmp_path / 'whole') == state(tmp_path / 'halves')
+    start = torch.tensor([[0, 0], [0, 0], [1 / math.log(64)] * 2])
+    assert ((slopes(tmp_path / 'whole') != start) == (start > 0)).all()          # learned, in the NoPE layer
+    run(train, f'{BATCH} --min_length 64 --init_from {straight} --scalable_softmax --steps 2 --warmup 1 '
+        f'--data {corpus} --out {tmp_path}/swapped')
+    assert ((slopes(tmp_path / 'swapped') != start) == (start > 0)).all()
+    assert not slopes(straight).any()
+    with refused('learned its temperatures', '--method none'):
+        run(extend, f'--ckpt {tmp_path}/whole --data {corpus} --method uniform --out {tmp_path} {CPU}')
+    run(extend, f'--ckpt {tmp_path}/whole --data {corpus} --method none --lengths 64,128 --eval_tokens 128 {CPU}',
+        f'--out {tmp_path}')
+
+
+def test_p_rope_rotates_the_highest_frequencies_only():
+    model = build('rope', rope_fraction=0.75)
+    close(model.inv_freq, torch.tensor([1, 0.1, 0.01, 0]))           # 10000 ** (-2m / 8)
+    given, idx = build('rope', rope_inv_freq=[1, 0.1, 0.01, 0.0]), tokens(1, 40)
+    close(model(idx)[0], given(idx)[0])
+    assert torch.equal(build('rope', rope_fraction=0.0)(idx)[0], build('nope')(idx)[0])
+
+
+def test_p_rope_is_trained_and_its_zeros_are_not_stretched(corpus, tmp_path):
+    run(train, f'{FLAGS} --pe rope --rope_fraction 0.75 --steps 1 --warmup 1 --data {corpus} --out {tmp_path}/run')
+    model = load_model(load_checkpoint(f'{tmp_path}/run'))
+    assert (model.inv_freq == 0).tolist() == [False] * 6 + [True] * 2
+    with refused('rope_fraction 0.75'):
+        run(extend, f'--ckpt {tmp_path}/run --data {corpus} --method yarn --out {tmp_path} {CPU}')
+    with refused('--rope_fraction'):
+        run(train, f'{FLAGS} --pe rope --rope_fraction 1.5 --steps 1 --data {corpus} --out {tmp_path}/wrong')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # a run
 
 @pytest.fixture(scope='module')

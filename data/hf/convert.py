@@ -328,6 +328,8 @@ def write(ckpt, folder, dtype):
              'be frozen at: convert the one that extend.py wrote')
     if sloped and c.law != 'length':
         fail(f'law {c.law} goes by the position of a query, which no fixed matrix knows: no architecture here {none}')
+    if 'rope' in c.layer_pe and c.rope_fraction < 1:
+        fail(f'rope_fraction {c.rope_fraction:g} (p-RoPE): no architecture here {none}')
     if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
         fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
