@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import BATCH, CPU, build, check_refused, close, refused, run, same_weights, started, state
+from conftest import BATCH, CPU, bits, build, check_refused, close, refused, run, same_weights, started, state
+from test_hf import checkpoint, load, logits, random_llama, same
 from test_model import heat
 
 import extend
 import train
 from data.checkpoint import load_checkpoint, load_model
+from data.hf import convert
 from data.measure import attention_entropy
 from model import GPTConfig, KVCache, growth
 
@@ -311,6 +313,65 @@ def test_p_rope_is_trained_and_its_zeros_are_not_stretched(corpus, tmp_path):
         run(extend, f'--ckpt {tmp_path}/run --data {corpus} --method yarn --out {tmp_path} {CPU}')
     with refused('--rope_fraction'):
         run(train, f'{FLAGS} --pe rope --rope_fraction 1.5 --steps 1 --data {corpus} --out {tmp_path}/wrong')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+@pytest.fixture(scope='module')
+def transformers():
+    pytest.importorskip('safetensors')
+    package = pytest.importorskip('transformers')
+    package.logging.set_verbosity_error()
+    package.logging.disable_progress_bar()
+    return package
+
+
+YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32, rope_theta=5000.0)
+
+
+@pytest.mark.parametrize('n, pe, window, config', [
+    (8, 'rope,rope,rope,nope', '0', {}),             # SmolLM3's own default
+    (5, 'rope,rope,rope,nope', '0', dict(rope_parameters=YARN, max_position_embeddings=128)),
+    (4, 'rope,nope', '0,11', dict(no_rope_layers=[1, 0] * 2, use_sliding_window=True, sliding_window=11)),
+    (4, 'rope,rope,rope,nope', '11,11,11,0', dict(
+        use_sliding_window=True, sliding_window=11, layer_types=['sliding_attention'] * 3 + ['full_attention'])),
+], ids=['default', 'yarn', 'nope-slides', 'rope-slides'])
+def test_smollm3_with_layers_that_differ_in_and_out(n, pe, window, config, transformers, tmp_path):
+    ids = dict(pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    model = random_llama(transformers, 'SmolLM3For', **dict(num_hidden_layers=n, **ids) | config)
+    model.save_pretrained(tmp_path / 'hf')
+    run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    c = load_model(load_checkpoint(str(tmp_path / 'a.pt'))).config
+    assert (c.pe, c.window) == (pe, window)
+    same(model, tmp_path / 'a.pt', 90)
+    back = load(transformers, tmp_path / 'out')
+    same(back, tmp_path / 'a.pt', 90)
+    if 'rope_parameters' not in config:              # nothing was folded
+        assert bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize('shape', [MIXED | dict(window='6,6,0'), dict(pe='rope', window='6,0')], ids=str)
+def test_ours_with_a_window_and_temperatures_goes_out_and_comes_back(shape, transformers, tmp_path):
+    model = build(vocab_size=60, **shape)
+    for i in model.config.tempered:
+        model.blocks[i].attn.scale.data.uniform_(1, 2)
+    checkpoint(tmp_path / 'a.pt', model, extended=dict(length=64))
+    run(convert, tmp_path / 'a.pt', tmp_path / 'out')
+    same(load(transformers, tmp_path / 'out'), tmp_path / 'a.pt', 60)
+    run(convert, tmp_path / 'out', tmp_path / 'back.pt')
+    back = load_checkpoint(str(tmp_path / 'back.pt'))['config']
+    assert (back['pe'], back['window'], back['block_size']) == (model.config.pe, model.config.window, L)
+    idx = tokens(2, 60)
+    close(logits(tmp_path / 'back.pt', idx), logits(tmp_path / 'a.pt', idx))
+
+
+@pytest.mark.parametrize('kind, field', [('Llama4Text', 'num_local_experts'), ('Cohere2', 'logit_scale')])
+def test_other_families_are_refused_by_the_field_that_is_missing_here(kind, field, transformers, tmp_path):
+    getattr(transformers, f'{kind}Config')().save_pretrained(tmp_path / 'hf')
+    with refused('config.json', field, 'no counterpart here'):
+        run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
