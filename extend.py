@@ -4,12 +4,14 @@ Extends a trained checkpoint past its training length, and measures what that do
     python extend.py --ckpt out/nope --data data/passkey_long --method none                     # measure only
     python extend.py --ckpt out/nope --data data/passkey_long --method uniform --length 2048    # one temperature
     python extend.py --ckpt out/nope --data data/passkey_long --method head --length 2048       # one for each head
+    python extend.py --ckpt out/nope --data data/passkey_long --method uniform --law logn --length 2048
     python extend.py --ckpt out/rope --data data/passkey_long --method longrope --length 2048 --population 16
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/paper --data data/corpus --method head --length 8192
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 
 Any encoding is extended by sharper attention: lambda_h = scale_h + slope_h ln max(1, n / L) for a sequence of n tokens
-and the training length L. RoPE is also extended by slower rotation (fine-tune it with train.py --init_from, --length).
+and the training length L; --law has others, which go by the position of a query. RoPE is also extended by slower
+rotation (fine-tune it with train.py --init_from, --length).
 
 Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and of both
   .ppl.csv      perplexity by length (.paper.ppl.csv with --protocol paper: other tokens)
@@ -62,7 +64,7 @@ from data.runtime import (
 )
 from data.tokenizer import keep_files
 from data.tokens import describe_rows, documents, get_batch, open_data, open_rows
-from model import ntk, pi, rope_frequencies, yarn
+from model import growth, ntk, pi, rope_frequencies, yarn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a method gets, and what it leaves
@@ -87,16 +89,29 @@ def heads(model, what='scale'):
 
 
 def set_heads(model, value, what='scale'):
-    """value: a number, or a tensor (n_layer, n_head)."""
+    """value: a number for the layers whose temperatures are tuned, or a tensor (n_layer, n_head)."""
     shape = (model.config.n_layer, model.config.n_head)
-    for block, row in zip(model.blocks, torch.as_tensor(value, dtype=torch.float32).expand(shape)):
-        getattr(block.attn, what).data.copy_(row)
+    rows = torch.as_tensor(value, dtype=torch.float32).expand(shape)
+    for layer in model.config.tempered:
+        getattr(model.blocks[layer].attn, what).data.copy_(rows[layer])
 
 
-def focus(model):
+def set_law(model, law, at):
+    """A law in units of `at` tokens, with the slope that it was published with for all heads (see model.growth)."""
+    model.config.law, model.config.law_at = law, at
+    slope = dict(logn=1 / math.log(at), llama4=0.1, swan=1 / math.log(at))[law]
+    set_heads(model, slope, 'slope')
+
+
+def focus(temperatures, least):
     """The focus constraint (Wang et al. 2024, eq. 6): attention may be sharper than it was trained, never flatter."""
-    for block in model.blocks:
-        block.attn.scale.data.clamp_(min=1.0)
+    for each in temperatures:
+        each.data.clamp_(min=least)
+
+
+def growth_at(model, length):
+    """What slopes multiply in the last of `length` tokens."""
+    return growth(model.config, torch.tensor([length])).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,38 +120,62 @@ def focus(model):
 def uniform(model, corpus, args, env):
     """
     One temperature for all heads: of those on args.grid the one with the lowest loss in rows of args.length (sec. 3).
-    As in the paper's fit (app. B), positions past the training length are scored: those within it need no sharpening.
+    With args.law its published form instead, of which SWAN's leaves the unit free: then that is searched for.
+    """
+    if args.law is None:
+        return best_of(args.grid, lambda lam: set_heads(model, lam), 'lambda', model, corpus, args, env)
+    L = model.config.block_size
+    if args.law == 'swan' and not args.law_at:
+        units = [L * 2.0 ** k for k in range(-4, 5)]
+        return best_of(units, lambda at: set_law(model, 'swan', at), 'unit of SWAN\'s law', model, corpus, args, env)
+    set_law(model, args.law, args.law_at or L)
+    env.print(f'{args.law} law as published, in units of {args.law_at or L} tokens')
+    return Record()
+
+
+def best_of(values, use, what, model, corpus, args, env):
+    """
+    Tries each value by use(value), and keeps the one with the lowest loss. As in the paper's fit (app. B), positions
+    past the training length are scored: those within it need no sharpening.
     """
     past = model.config.block_size
     if args.length <= past:
         past = 0
     curve = []
-    for lam in progress(env, args.grid, desc=f'uniform at {args.length}', leave=False):
-        set_heads(model, lam)
-        curve.append((lam, loss_of(model, corpus, args, env, past)))
+    for value in progress(env, values, desc=f'{args.method} at {args.length}', leave=False):
+        use(value)
+        curve.append((value, loss_of(model, corpus, args, env, past)))
     best, lowest = min(curve, key=itemgetter(1))
     highest = max(curve, key=itemgetter(1))[1]
-    set_heads(model, best)
+    use(best)
 
     tokens = args.grid_batches * args.batch * (args.length - past)
-    env.print(f'uniform lambda at {args.length}, loss on {tokens:,} tokens past {past}:')
-    for lam, loss in curve:
+    env.print(f'{what} at {args.length}, loss on {tokens:,} tokens past {past}:')
+    for value, loss in curve:
         bar = '#' * int(40 * (loss - lowest) / max(1e-9, highest - lowest))
-        mark = '  <- best' if lam == best else ''
-        env.print(f'  {lam:5.2f}  {loss:.4f}  {bar}{mark}')
+        mark = '  <- best' if value == best else ''
+        env.print(f'  {value:5.2f}  {loss:.4f}  {bar}{mark}')
     return Record(curve=curve, batches=len(curve) * args.grid_batches)
 
 
 def head(model, corpus, args, env):
-    """One temperature for each head, tuned from the best uniform one or from a number, args.init (sec. 4)."""
+    """
+    One temperature for each head, tuned from the best uniform one or from a number, args.init (sec. 4). Under a law it
+    is the slope of each head that is tuned, from the published one, or from the temperature args.init at args.length.
+    """
     if args.init == 'best':
         record = uniform(model, corpus, args, env)
+    elif args.law:
+        record = Record()
+        set_law(model, args.law, args.law_at or model.config.block_size)
+        set_heads(model, (args.init - 1) / growth_at(model, args.length), 'slope')
     else:
         record = Record()
         set_heads(model, args.init)
     losses = tune(model, corpus, args, env)
     env.print(f'lambda of each head at {args.length} (a row a layer):')
-    for row in heads(model).tolist():
+    lam = heads(model) + heads(model, 'slope') * growth_at(model, args.length)
+    for row in lam.tolist():
         env.print('  ' + ' '.join(f'{lam:5.2f}' for lam in row))
     return record._replace(losses=losses, batches=record.batches + args.steps)
 
@@ -145,20 +184,24 @@ def tune(model, corpus, args, env):
     """
     The paper's tuning of the temperatures that the model has now (sec. 4, eq. 4 to 6, app. A): with everything else
     frozen, by the language-model loss at args.length. AdamW (0.9, 0.95) without decay, gradients clipped at norm 1,
-    a warm-up over a tenth of the steps, then a cosine to a tenth of args.lr. Returns the loss of each step.
+    a warm-up over a tenth of the steps, then a cosine to a tenth of args.lr. Returns the loss of each step. Where the
+    model follows a law of the position, its slopes are tuned, in steps as long for the last token's temperature.
     """
+    what, lr, least = 'scale', args.lr, 1.0
+    if model.config.law != 'length':
+        what, lr, least = 'slope', args.lr / growth_at(model, args.length), 0.0
     model.requires_grad_(False)
     model.activation_checkpointing = args.activation_checkpointing
-    scales = [block.attn.scale.requires_grad_() for block in model.blocks]
-    optimizer = torch.optim.AdamW(scales, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    scales = [getattr(model.blocks[i].attn, what).requires_grad_() for i in model.config.tempered]
+    optimizer = torch.optim.AdamW(scales, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     net = compiled(model, args, env)
     warmup = max(1, args.steps // 10)
     losses = []
     if args.focus:
-        focus(model)
+        focus(scales, least)
     bar = progress(env, range(args.steps), desc=f'{args.method} at {args.length}')
     for step in bar:
-        optimizer.param_groups[0]['lr'] = args.lr * lr_factor(step, warmup, args.steps)
+        optimizer.param_groups[0]['lr'] = lr * lr_factor(step, warmup, args.steps)
         mean = torch.zeros((), device=env.device)
         for x, y in micro_batches(corpus, args, env, step):
             with env.autocast():
@@ -176,10 +219,10 @@ def tune(model, corpus, args, env):
         optimizer.step()
         optimizer.zero_grad()
         if args.focus:
-            focus(model)
+            focus(scales, least)
         losses.append(mean.item())
-        lam = heads(model)
-        bar.set_postfix_str(f'loss {losses[-1]:.4f}, lambda {lam.min().item():.2f} to {lam.max().item():.2f}')
+        lam = heads(model, what)
+        bar.set_postfix_str(f'loss {losses[-1]:.4f}, {what} {lam.min().item():.2f} to {lam.max().item():.2f}')
     return losses
 
 
@@ -254,19 +297,13 @@ def stretch(model, corpus, args, env):
 
 def ntk_grid(model, corpus, args, env):
     """
-    NTK for a longer length than --length, which it is known to need: of --length times each of args.grid the best one
-    by the loss that uniform goes by, so that RoPE's simplest extension gets the same search.
+    NTK set for a longer length than --length, which it is known to need: of the multiples on args.grid the best one, so
+    that RoPE's simplest extension gets the search that uniform gets.
     """
-    curve = []
-    for times in progress(env, args.grid, desc=f'ntk-grid at {args.length}', leave=False):
+    def use(times):
         inv_freq, _ = ntk(model.config, times * args.length)
         set_frequencies(model, inv_freq)
-        curve.append((times, loss_of(model, corpus, args, env, model.config.block_size)))
-    best, lowest = min(curve, key=itemgetter(1))
-    inv_freq, _ = ntk(model.config, best * args.length)
-    set_frequencies(model, inv_freq)
-    env.print(f'ntk set for {best:g} times {args.length}: loss {lowest:.4f} past {model.config.block_size}')
-    return Record(curve=curve, batches=len(curve) * args.grid_batches)
+    return best_of(args.grid, use, 'ntk, set for so many times the length', model, corpus, args, env)
 
 
 def longrope(model, corpus, args, env):
@@ -367,6 +404,14 @@ def parse_args(argv=None):
     p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: as the '
                    'checkpoint was trained)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
+    p.add_argument('--temperatures', choices=('nope', 'all'), help='layers that have them: the NoPE ones of a mixed '
+                   'model (default, unless the checkpoint says otherwise), or all')
+    # uniform, head: a law by the position of the query instead of one number
+    p.add_argument('--law', choices=('logn', 'llama4', 'swan'), help='uniform takes it as published: max(1, log_L n) '
+                   'for token n (Su 2021; Qwen), 1 + 0.1 ln(1 + floor(n / L)) (Llama 4), log_a(a + n) with the best a '
+                   'of a grid (SWAN); head tunes the factor of its logarithm for each head')
+    p.add_argument('--law_at', type=positive_int, help='the L or a of a law, in tokens (default: the training length; '
+                   '8192 in Llama 4)')
     # uniform, and where head starts
     grid = [1 + i / 10 for i in range(16)]
     p.add_argument('--grid', type=float_list, default=grid, help='lambdas to try, in units of 1/sqrt(head size)')
@@ -415,6 +460,7 @@ def resolve(args, ckpt, config):
     args.stride = args.stride or max(1, args.lengths[0] // 2)
     if args.eval_tokens == 0:
         args.measure = []
+    config.temperatures = args.temperatures or config.temperatures
     args.out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
     if args.bos is None:
         args.bos = ckpt['args'].get('bos', True)
@@ -430,6 +476,13 @@ def check(args, model, env):
     method = METHODS[args.method]
     if method.run in (head, head_log) and args.focus and args.init != 'best' and args.init < 1:
         fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
+    if args.law and method.run not in (uniform, head):
+        fail(f'--law {args.law} is for --method uniform and head')
+    if args.law_at and (not args.law or args.law_at < 2):
+        fail(f'--law_at {args.law_at} belongs to a --law, and must be at least 2 tokens')
+    if args.law in ('logn', 'llama4') and args.length <= (args.law_at or L):
+        fail(f'--law {args.law} changes what lies past {args.law_at or L} tokens: '
+             f'--length {args.length} must be longer')
     if args.lengths[0] < 2:
         fail(f'--lengths {args.lengths[0]} must be at least 2')
     if args.stride >= args.lengths[0]:
@@ -442,11 +495,16 @@ def check(args, model, env):
         fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
     if args.method == 'none':
         return
+    if model.config.law == 'ssmax':
+        fail(f'{args.ckpt} has learned its temperatures (scalable softmax): measure it with --method none')
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
         fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
     if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length <= L):
         fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
              f'above {L}: this one is pe={pe}')
+    if method.rope_only and model.config.rope_fraction < 1:
+        fail(f'--method {args.method} stretches all frequencies: of rope_fraction {model.config.rope_fraction:g} '
+             'some are zero')
     if args.method.endswith('-log') and args.length <= L:
         fail(f'--method {args.method} changes what lies past the training length {L}: '
              f'--length {args.length} must be longer')
@@ -579,7 +637,7 @@ def main(argv=None):
     if args.method != 'none':
         began = time.time()
         record = method.run(model, corpus, args, env)
-        name = f'{args.method}-{args.length}'
+        name = '-'.join(filter(None, (args.method, args.law, str(args.length))))
         tokens = record.batches * args.batch * args.length
         seconds = time.time() - began
         if env.master:

@@ -4,7 +4,8 @@ the position encoding and an attention temperature lambda for each head, in unit
 
     alpha_ij = softmax_j(lambda_h q_i.k_j / sqrt(hs)),   lambda_h = scale_h + slope_h * ln max(1, n / block_size)
 
-for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). 1.0 is what pre-training uses.
+for a sequence of n tokens (Wang et al. 2024, eq. 3 and 4, where slope is 0). 1.0 is what pre-training uses. Other laws
+put something else in the logarithm's place, see growth(). Layers may differ in encoding and window, see GPTConfig.
 
     model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
     logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 # cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
+LAWS = ('length', 'logn', 'llama4', 'swan', 'ssmax')         # of a temperature, see growth()
 
 
 @dataclass
@@ -37,22 +39,44 @@ class GPTConfig:
     n_kv_head: int = 4           # grouped-query attention: n_head / n_kv_head queries share one key and value
     n_embd: int = 2048
     n_inner: int = 5632          # width of the SwiGLU
-    pe: str = 'nope'
+    pe: str = 'nope'             # of all layers; or a pattern of nope and rope that repeats: 'rope,rope,rope,nope'
+    window: str = '0'            # tokens that a layer sees, itself included, 0 for all; or a pattern: '64,64,64,0'
     qk_norm: bool | str = False  # True: RMS-normalise q and k in each head, without gains; 'full': over all heads
                                  # together, with gains, as DroPE does (its app. C and code)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)
     tie_embeddings: bool = False         # the head is the embedding's matrix (SmolLM, Gemma; TinyLlama has two)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0   # p-RoPE: so many of the frequencies rotate, the highest ones (Barbero et al. 2025)
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
     rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
+    law: str = 'length'          # what the slopes of temperatures multiply, see growth()
+    law_at: float = 0            # the tokens that a law measures in; 0 is block_size
+    temperatures: str = 'nope'   # tuned in the NoPE layers of a mixed model (in a model of one kind in all), or 'all'
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if self.pe not in ENCODINGS:
-            raise ValueError(f'pe={self.pe!r} is unknown; one of {" ".join(ENCODINGS)}')
+        self.window = str(self.window)
+        for name in ('pe', 'window'):
+            words = getattr(self, name).split(',')
+            if len(words) > self.n_layer:
+                raise ValueError(f'{name}={getattr(self, name)} names {len(words)} layers of n_layer {self.n_layer}')
+            if len(set(words)) == 1:
+                setattr(self, name, words[0])
+        if not all(word.isdigit() for word in self.window.split(',')):
+            raise ValueError(f'window={self.window!r} must be tokens, 0 for all, or a pattern of them: 64,64,64,0')
+        plain = ',' not in self.pe and self.window == '0'
+        if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
+            raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
+                             'only nope and rope differ by layer, or have a window')
+        if not 0 <= self.rope_fraction <= 1:
+            raise ValueError(f'rope_fraction {self.rope_fraction} must lie between 0 and 1')
+        if self.law not in LAWS:
+            raise ValueError(f'law={self.law!r} is unknown; one of {" ".join(LAWS)}')
+        if self.temperatures not in ('nope', 'all'):
+            raise ValueError(f'temperatures={self.temperatures!r} are those of the nope layers, or of all')
         if self.qk_norm not in (False, True, 'full'):
             raise ValueError(f'qk_norm={self.qk_norm!r} is unknown: False, True or full')
         if self.n_embd % self.n_head:
@@ -60,7 +84,7 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
         hs = self.head_size
-        if self.pe == 'rope' and hs % 2:
+        if 'rope' in self.layer_pe and hs % 2:
             raise ValueError(f'pe=rope rotates pairs: head size {hs} must be even')
         if self.rope_inv_freq is not None and len(self.rope_inv_freq) != hs // 2:
             raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {hs // 2} pairs')
@@ -68,6 +92,27 @@ class GPTConfig:
     @property
     def head_size(self):
         return self.n_embd // self.n_head
+
+    @property
+    def tempered(self):
+        """The layers whose temperatures are tuned, and follow the law."""
+        if self.temperatures == 'all' or len(set(self.layer_pe)) == 1:
+            return list(range(self.n_layer))
+        return [layer for layer, pe in enumerate(self.layer_pe) if pe == 'nope']
+
+    @property
+    def layer_pe(self):
+        return repeated(self.pe, self.n_layer)
+
+    @property
+    def layer_window(self):
+        return [int(word) for word in repeated(self.window, self.n_layer)]
+
+
+def repeated(pattern, n):
+    """'rope,rope,rope,nope' -> the word of each of n layers."""
+    words = pattern.split(',')
+    return [words[i % len(words)] for i in range(n)]
 
 
 PRESETS = dict(
@@ -84,6 +129,7 @@ class KVCache:
     """
     Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length. length: how
     many tokens there will be, where that is known: a temperature with a slope goes by it from the first token on.
+    A layer with a window keeps what the next token will see, in exactly as much memory.
     """
 
     def __init__(self, length=0):
@@ -91,10 +137,16 @@ class KVCache:
         self.len = 0                                 # tokens held
         self.length = length
 
-    def update(self, layer, k, v):
-        """Appends k, v (B, nkv, T, hs) and returns all keys and values so far, (B, nkv, len + T, hs) each."""
+    def update(self, layer, k, v, window=0):
+        """Appends k, v (B, nkv, T, hs) and returns all keys and values that were held, and these."""
         start, end = self.len, self.len + k.size(2)
         held = self.kv.get(layer)
+        if window:
+            kv = torch.stack((k, v))
+            if held is not None:
+                kv = torch.cat((held, kv), dim=3)
+            self.kv[layer] = kv[:, :, :, max(0, kv.size(3) - window + 1):].clone()           # a view would hold it all
+            return kv
         if held is None or end > held.size(3):
             B, nkv, _, hs = k.shape
             larger = k.new_empty(2, B, nkv, max(2 * start, end + 64), hs)
@@ -111,7 +163,9 @@ class KVCache:
 
 def rope_frequencies(c):
     """Su et al. 2021, sec. 3.2.2: the hs/2 inverse frequencies of a GPTConfig as trained, theta^(-2m / hs)."""
-    return [c.rope_theta ** (-2 * m / c.head_size) for m in range(c.head_size // 2)]
+    freq = [c.rope_theta ** (-2 * m / c.head_size) for m in range(c.head_size // 2)]
+    rotating = round(c.rope_fraction * len(freq))
+    return freq[:rotating] + [0.0] * (len(freq) - rotating)
 
 
 def pi(c, length):
@@ -181,6 +235,36 @@ def alibi_slopes(n_head):
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
+def growth(c, n):
+    """
+    What the slope of a temperature multiplies, by the law of a GPTConfig. n: the tokens up to each query, (T,); for the
+    law of the length those of the whole sequence, (1,). All laws but that one let a decoder go on without an end.
+    """
+    at = c.law_at or c.block_size
+    if c.law == 'ssmax':                             # scalable softmax (Nakanishi 2025): s_h ln n, scale_h is 0
+        return n.log()
+    if c.law == 'llama4':                            # Meta 2025: 1 + 0.1 ln(1 + floor(n / 8192))
+        return (1 + (n / at).floor()).log()
+    if c.law == 'swan':                              # Puvvada et al. 2025: log_a(a + n) = 1 + ln(1 + n / a) / ln a
+        return (1 + n / at).log()
+    # LogN (Su 2021; Qwen): max(1, log_L n) = 1 + ln max(1, n / L) / ln L, and the same by the length
+    return (n / at).clamp(min=1).log()
+
+
+def band(pos, start, end, window):
+    """
+    Which keys the queries of a windowed layer see, (T, keys): those at most window - 1 tokens back. The keys are those
+    that its cache has kept, and the queries' own. None where plain causal attention does.
+    """
+    first = max(0, start - window + 1)
+    if end - first <= window and (start == 0 or end - start == 1):
+        return None
+    back = pos[:, None] - torch.arange(first, end, device=pos.device)
+    # right on every device, and fused. But a kernel that takes a mask computes what it hides as well: a window saves
+    # memory in the cache and no time, and costs T x T numbers, once for all rows and heads of a layer
+    return (back >= 0) & (back < window)
+
+
 def attend(q, k, v, mask=None):
     """
     Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
@@ -210,6 +294,7 @@ class Attention(nn.Module):
         super().__init__()
         self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.head_size
         self.layer, self.norm_in_heads, self.eps = layer, c.qk_norm is True, c.norm_eps
+        self.pe, self.window = c.layer_pe[layer], c.layer_window[layer]
         self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
@@ -220,11 +305,11 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.nkv * self.hs, eps=c.norm_eps)
         # the gain belongs to the model and trains with it; 1-D, so without weight decay
         self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
-        # the temperature of each query head. 1-D as well; frozen until extend.py asks
-        self.scale = nn.Parameter(torch.ones(self.nh), requires_grad=False)
-        self.slope = nn.Parameter(torch.zeros(self.nh), requires_grad=False)
+        # the temperature of each query head, see GPT.reset_temperatures. 1-D as well; frozen until extend.py asks
+        self.scale = nn.Parameter(torch.empty(self.nh), requires_grad=False)
+        self.slope = nn.Parameter(torch.empty(self.nh), requires_grad=False)
 
-    def qkv(self, x, rope, log_len):
+    def qkv(self, x, rope, log_n):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -235,27 +320,27 @@ class Attention(nn.Module):
         v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)
         if slow_in_bf16(q):
             q, k, v = q.float(), k.float(), v.float()
-        if rope is not None:
+        if self.pe == 'rope':
             q, k = rotate(q, rope), rotate(k, rope)
         if self.norm_in_heads:                       # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        q = q * self.temperature(log_len)            # by 1.0 it is the identity, bit for bit
+        q = q * self.temperature(log_n)            # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
-    def temperature(self, log_len):
-        """lambda_h = scale_h + slope_h ln max(1, n / block_size), times the learned gain: (nh, 1, 1), fp32."""
-        lam = self.scale[:, None] + self.slope[:, None] * log_len
+    def temperature(self, log_n):
+        """lambda_h = scale_h + slope_h growth(n), times the learned gain: (nh, 1 or T, 1), fp32."""
+        lam = self.scale[:, None] + self.slope[:, None] * log_n
         if self.gain is not None:
             lam = lam * self.gain[:, None]
         return lam[:, :, None]
 
-    def forward(self, x, rope, log_len, mask=None, cache=None):
+    def forward(self, x, rope, log_n, mask=None, cache=None):
         """x (B, T, C) -> (B, T, C). rope, mask: see GPT.rotation, GPT.mask."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x, rope, log_len)
+        q, k, v = self.qkv(x, rope, log_n)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v, self.window)
         y = attend(q, k, v, mask)                    # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -281,8 +366,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, log_len, mask=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope=rope, log_len=log_len, mask=mask, cache=cache)
+    def forward(self, x, rope, log_n, mask=None, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope=rope, log_n=log_n, mask=mask, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -307,7 +392,7 @@ class GPT(nn.Module):
             self.pos_bias = nn.Embedding(32, c.n_head)           # one table for all layers
         elif c.pe == 'alibi':
             self.register_buffer('slopes', torch.tensor(alibi_slopes(c.n_head), device='cpu'), persistent=False)
-        elif c.pe == 'rope':
+        elif 'rope' in c.layer_pe:
             trained = torch.tensor(rope_frequencies(c), dtype=torch.float32, device='cpu')
             stretched = torch.tensor(c.rope_inv_freq or rope_frequencies(c), dtype=torch.float32, device='cpu')
             self.register_buffer('trained_freq', trained, persistent=False)
@@ -320,6 +405,17 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=init_std(c, name))
+        self.reset_temperatures()
+
+    def reset_temperatures(self):
+        """1 for every head; where scalable softmax learns them, ln n / ln block_size to begin with."""
+        c = self.config
+        for layer, block in enumerate(self.blocks):
+            learned = c.law == 'ssmax' and layer in c.tempered
+            start = 1 / math.log(max(2, c.block_size))
+            block.attn.scale.data = torch.full_like(block.attn.scale, 0.0 if learned else 1.0)
+            block.attn.slope.data = torch.full_like(block.attn.slope, start if learned else 0.0)
+            block.attn.slope.requires_grad = learned
 
     def forward(self, idx, targets=None, rows=None, cache=None):
         """
@@ -343,16 +439,22 @@ class GPT(nn.Module):
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
         rope = self.rotation(pos)
-        mask = self.mask(pos, start, end)
-        length = pos[-1:] + 1                        # of the sequence, which a decoder may know beforehand
-        if cache is not None:
-            length = length.clamp(min=cache.length)
-        log_len = (length / c.block_size).clamp(min=1).log()         # (1,): 0 up to block_size
+        masks = {0: self.mask(pos, start, end)}
+        for window in c.layer_window:
+            if window not in masks:
+                masks[window] = band(pos, start, end, window)
+        n = pos + 1
+        if c.law == 'length':                        # of the sequence, which a decoder may know beforehand
+            n = n[-1:]
+            if cache is not None:
+                n = n.clamp(min=cache.length)
+        log_n = growth(c, n)                         # (1,) or (T,)
         for block in self.blocks:
+            mask = masks[block.attn.window]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, log_len, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, log_n, mask, use_reentrant=False)
             else:
-                x = block(x, rope, log_len, mask, cache)
+                x = block(x, rope, log_n, mask, cache)
         if cache is not None:
             cache.len = end
         if rows is not None:
@@ -363,8 +465,8 @@ class GPT(nn.Module):
         return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
 
     def rotation(self, pos):
-        """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None for other encodings."""
-        if self.config.pe != 'rope':
+        """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None where no layer rotates."""
+        if 'rope' not in self.config.layer_pe:
             return None
         inv_freq = torch.where(pos[:, None] < self.config.rope_start, self.trained_freq, self.inv_freq)
         angle = pos[:, None].float() * inv_freq

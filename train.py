@@ -32,6 +32,7 @@ from data.runtime import (
     choose_dtype,
     compiled,
     finish,
+    fraction,
     listen,
     lr_factor,
     natural,
@@ -64,6 +65,12 @@ RECIPES = dict(
 )
 
 
+def encodings(text):
+    if not set(text.split(',')) <= set(ENCODINGS):
+        raise argparse.ArgumentTypeError(f'{text} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
+    return text
+
+
 def parse_args(argv=None):
     """The flags as they were given; None for those that resolve() finds a value for."""
     p = parser(__doc__)
@@ -76,11 +83,18 @@ def parse_args(argv=None):
     p.add_argument('--init_from', metavar='CKPT', help='start from these weights; their shape and block_size stay')
     # model: a preset, and fields of GPTConfig that differ from it
     p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny, or the checkpoint\'s)')
-    p.add_argument('--pe', choices=ENCODINGS, help='position encoding (default nope)')
+    p.add_argument('--pe', type=encodings, help=f'position encoding (default nope): {" ".join(ENCODINGS)}; or a '
+                   'pattern of nope and rope that repeats over the layers: rope,rope,rope,nope')
+    p.add_argument('--window', help='tokens that a layer sees, itself included, 0 for all (default); or a pattern as '
+                   'for --pe: 64,64,64,0')
     p.add_argument('--qk_norm', nargs='?', const=True, choices=('full',), help='normalise q and k in each head; '
                    'full: over all heads together, with learned gains')
     p.add_argument('--no-qk_norm', dest='qk_norm', action='store_false', default=None)
     p.add_argument('--qk_gain', action=yes_no, help='learn a factor on the scores of each head')
+    p.add_argument('--rope_fraction', type=fraction, help='p-RoPE: so many of the frequencies of RoPE rotate, the '
+                   'highest ones (default 1; 0.75 in the paper)')
+    p.add_argument('--scalable_softmax', dest='law', action='store_const', const='ssmax', help='learn a factor on the '
+                   'scores of each head times ln n for token n, instead of 1; with --init_from swapped in')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         p.add_argument(f'--{name}', type=positive_int, help='default: the preset\'s')
     # batch

@@ -108,6 +108,9 @@ def load_model(ckpt, **override):
     other_pe = config['pe'] != ckpt['config']['pe']
     if other_pe:
         config.update(rope_inv_freq=None, rope_start=0)
+    law = ckpt['config'].get('law', 'length')
+    if other_pe and law != 'ssmax':                  # its slopes are weights, and stay
+        config.update(dict(law='length', law_at=0) | override)
     try:
         with torch.device('meta'):                   # shapes only: the weights are the checkpoint's
             model = GPT(GPTConfig(**config))
@@ -140,13 +143,11 @@ def load_model(ckpt, **override):
             weights[name] = torch.ones(shape.shape)
         else:                                        # the table of a position encoding that the checkpoint lacks
             weights[name] = torch.nn.init.normal_(torch.empty(shape.shape), std=init_std(model.config, name))
-    if other_pe:
-        for name in weights:
-            if name.endswith(('scale', 'slope')):
-                weights[name] = torch.full_like(weights[name], float(name.endswith('scale')))
     model.load_state_dict(weights, assign=True)
     if model.config.tie_embeddings:                  # assigning has given each a parameter of its own
         model.lm_head.weight = model.embed.weight
+    if model.config.law != law or other_pe and law != 'ssmax':
+        model.reset_temperatures()
     return model
 
 

@@ -125,8 +125,9 @@ def long_enough(docs, T):
 
 def attention_entropy(q, k, block=256, bias=None):
     """
-    q (B, nh, T, hs), k (B, nkv, T, hs), bias (1, nh, T, T) on the scores -> (nh, T): the entropy of each query's causal
-    attention in nats, mean over B (Wang et al. 2024, eq. 2). Exact, and `block` rows of the T x T scores at a time.
+    q (B, nh, T, hs), k (B, nkv, T, hs), bias (1, nh, T, T) on the scores, or a bool mask (T, T) -> (nh, T): the entropy
+    of each query's causal attention in nats, mean over B (Wang et al. 2024, eq. 2). Exact, and `block` rows of the
+    T x T scores at a time.
     """
     B, nh, T, hs = q.shape
     k = k.repeat_interleave(nh // k.size(1), dim=1).float()
@@ -135,7 +136,9 @@ def attention_entropy(q, k, block=256, bias=None):
         for i in range(0, T, block):
             # (B, nh, block, up to i + block)
             scores = q[:, :, i:i + block].float() @ k[:, :, :i + block].transpose(-1, -2) / math.sqrt(hs)
-            if bias is not None:
+            if bias is not None and bias.dtype == torch.bool:
+                scores = scores.masked_fill(~bias[i:i + block, :i + block], -math.inf)
+            elif bias is not None:
                 scores = scores + bias[..., i:i + block, :i + block]
             n = scores.size(2)
             future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
@@ -152,7 +155,7 @@ def entropies(model, docs, T, env, samples=4):
     found = []
 
     def look(attn, x, given):
-        q, k, _ = attn.qkv(*x, given['rope'], given['log_len'])
+        q, k, _ = attn.qkv(*x, given['rope'], given['log_n'])
         found.append(attention_entropy(q, k, bias=given['mask']))
 
     own = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)

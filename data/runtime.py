@@ -290,6 +290,7 @@ def time_block(config, length, training):
     Seconds that one block of the model, with a head as small as its other matrices, takes for a few rows: (fp32, bf16).
     Forward and backward where it is training, else forward with frozen weights. The shortest of several runs in turn.
     """
+    config = replace(config, pe=config.layer_pe[0], window=config.layer_window[0])
     block_flops = 6 * (4 * config.n_embd + 3 * config.n_inner) * config.n_embd           # a token, both ways
     tokens = min(max(10**9 // block_flops, 64), 512)         # so that a small model takes 0.2 s in all
     T = min(length, tokens)

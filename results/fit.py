@@ -48,7 +48,7 @@ def main(argv=None):
     for file in args.ckpts:
         ckpt = load_checkpoint(file)
         how = ckpt['extended']
-        if not how or how['method'] != 'uniform':
+        if not how or how['method'] != 'uniform' or how.get('law'):
             fail(f'{file} was not made by extend.py --method uniform')
         if how['length'] > ckpt['config']['block_size']:
             points.append((how['length'], how['length'] / ckpt['config']['block_size'], lowest(how['curve'])))

@@ -507,10 +507,13 @@ def test_an_export_says_what_does_not_follow(tokenizer, saved, tmp_path):
         (dict(head_dim=16), 'head_dim 16'),
         (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'),
         (dict(quantization_config=dict(bits=4)), 'quantization_config'),
-        (dict(SMOLLM3, no_rope_layers=[1, 0]), 'no_rope_layers --pe nope'),
-        (dict(SMOLLM3, no_rope_layers=None, num_hidden_layers=4), 'no_rope_layers'),
-        (dict(SMOLLM3, use_sliding_window=True, sliding_window=16), 'sliding_window'),
+        (dict(SMOLLM3, sliding_window=16, layer_types=['sliding_attention'] * 2), 'use_sliding_window'),
+        (dict(SMOLLM3, use_sliding_window=True, layer_types=['sliding_attention'] * 2), 'sliding_window'),
         (dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
+        (dict(layer_types=['chunked_attention'] * 2), 'layer_types chunked_attention'),
+        (dict(model_type='llama4_text', num_local_experts=16, attention_chunk_size=8192), 'num_local_experts 16'),
+        (dict(model_type='llama4_text', attention_chunk_size=8192), 'attention_chunk_size 8192'),
+        (dict(model_type='cohere2', logit_scale=0.0625, sliding_window=4096), 'logit_scale 0.0625'),
         (dict(rope_scaling=dict(type='mrope', factor=2.0)), 'rope_type mrope'),
         (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), 'rope_parameters'),
         (dict(rope_scaling=dict(rope_type='llama3', factor=2.0)), 'lacks low_freq_factor'),
@@ -604,6 +607,12 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
     sloped = build()
     set_heads(sloped, 0.1, 'slope')
     case('slope past 32 extend.py', sloped)
+    lawful = build()
+    set_heads(lawful, 0.1, 'slope')
+    lawful.config.law = 'logn'
+    case('law logn', lawful)
+    case('rope_fraction 0.5', build(pe='rope', rope_fraction=0.5))
+    case('window 4,9', build(pe='rope', window='4,9'))
     case('rope_start 4 n-hat', build(pe='rope', rope_start=4, rope_inv_freq=[1.0, 0.1, 0.01, 0.001]))
     case('--pe --init_from', build(pe='rope'), '--pe nope')
     (tmp_path / 'full').mkdir()

@@ -30,6 +30,7 @@ from model import GPT, PRESETS, GPTConfig
 T, V = 2**14, 32000
 ENV = dict(fp32=Env(), bf16=Env(dtype='bf16'))
 ARGS = SimpleNamespace(
+    law=None,
     length=T,
     batch=1,
     micro_batch=1,

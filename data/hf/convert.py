@@ -5,12 +5,12 @@ A Hugging Face folder of the Llama family becomes our checkpoint, and a checkpoi
     python -m data.hf.convert TinyLlama-NoPE-1.1B out/nope/ckpt.pt --pe nope      # the paper's, whose config says Llama
     python -m data.hf.convert out/nope/head-8192.pt export/nope-8k --dtype bf16   # for transformers, vLLM, lm_eval
 
-In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 without RoPE, Qwen3 with constant gains; config.json with
+In: Llama, TinyLlama, SmolLM, SmolLM2, SmolLM3 (mixed or not), Qwen3 with constant gains; config.json with
 model.safetensors or pytorch_model.bin, whole or in shards. Weights keep their own precision until a script opens them
 in fp32. block_size is the length before any RoPE scaling. --pe nope drops RoPE and its scaling (DroPE). A tied head
 stays tied, there and back. Frequencies here do not change with the length of the input, so two scalings are frozen:
 `dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
-Out: rope is a LlamaForCausalLM, nope a SmolLM3ForCausalLM whose no_rope_layers are all 0, and either with QK-norm a
+Out: rope is a LlamaForCausalLM; nope, both mixed and a window are a SmolLM3ForCausalLM; nope or rope with QK-norm is a
 Qwen3ForCausalLM (nope is its RoPE with positions divided by 1e12). Temperatures are multiplied into q_proj in fp32, or
 into Qwen3's norms; slopes as they stand at the length that the checkpoint was extended to. What no fixed matrix holds
 (LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
@@ -43,6 +43,8 @@ SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_a
              n_kv_head='num_key_value_heads', n_embd='hidden_size', n_inner='intermediate_size')
 # fields that would make it another network, and the values that do not; the first stands for a missing one
 PLAIN = dict(
+    # what Llama 4 and Command A have beside layers that differ
+    num_local_experts=(None,), attention_chunk_size=(None,), logit_scale=(None,),
     model_type=(None, *ARCHITECTURE), architectures=(None, *([name] for name in ARCHITECTURE.values())),
     hidden_act=('silu',), attention_bias=(False,), mlp_bias=(False,), quantization_config=(None,),
     # of RoPE and its scaling
@@ -140,6 +142,14 @@ def write_scaling(c, longest):
 # ---------------------------------------------------------------------------------------------------------------------
 # in
 
+def pattern(words):
+    """[rope, rope, nope, rope, rope] -> 'rope,rope,nope', what repeats over the layers."""
+    for n in range(1, len(words) + 1):
+        if all(word == words[i % n] for i, word in enumerate(words)):
+            return ','.join(map(str, words[:n]))
+    return ''
+
+
 def read_config(folder, pe):
     """config.json -> (GPTConfig, temperature, longest length, is the head tied?). pe: 'nope', None: as there."""
     file = f'{folder}/config.json'
@@ -152,24 +162,27 @@ def read_config(folder, pe):
                 fail(f'{file}: {field} {value!r} has no counterpart here (only {" or ".join(map(repr, fine))})')
         if any(isinstance(v, dict) for v in rope.values()):
             fail(f'{file}: rope_parameters differ between layers; here they are the same in all')
-        slides = config.get('use_sliding_window') and config.get('sliding_window')
-        if slides or set(config.get('layer_types') or ()) - {'full_attention'}:
-            fail(f'{file}: sliding_window is in use (see use_sliding_window, layer_types); '
-                 'here every token sees all before it')
         qwen3 = config.get('model_type') == 'qwen3'
         head_dim = config.get('head_dim', 128 if qwen3 else None)
         if head_dim not in (None, config['hidden_size'] / config['num_attention_heads']):
             fail(f'{file}: head_dim {head_dim} is not hidden_size / num_attention_heads, '
                  'the only head size here')
         smollm3 = config.get('model_type') == 'smollm3'
-        with_rope = [1]                              # of each layer, as far as they differ: 1 with RoPE, 0 without
+        n = config['num_hidden_layers']
+        with_rope = [1] * n                          # of each layer: 1 with RoPE, 0 without
         if smollm3:
-            n, every = config['num_hidden_layers'], config.get('no_rope_layer_interval', 4)
+            every = config.get('no_rope_layer_interval', 4)
             with_rope = config.get('no_rope_layers') or [int((i + 1) % every > 0) for i in range(n)]
-            with_rope = with_rope[:n]
-        if not pe and len(set(with_rope)) > 1:
-            fail(f'{file}: no_rope_layers mixes layers with and without RoPE; here all are alike '
-                 '(--pe nope drops it everywhere)')
+        window = config.get('sliding_window') or 0
+        slides = smollm3 and config.get('use_sliding_window') and window
+        by_default = ['full_attention' if rotates or not slides else 'sliding_attention' for rotates in with_rope]
+        kinds = config.get('layer_types') or by_default
+        if set(kinds) - {'full_attention', 'sliding_attention'}:
+            fail(f'{file}: layer_types {sorted(set(kinds))}: here are only full_attention and sliding_attention')
+        windows = [window if kind == 'sliding_attention' else 0 for kind in kinds[:n]]
+        if 'sliding_attention' in kinds and not slides:
+            fail(f'{file}: layer_types names sliding_attention, which only SmolLM3 has, with use_sliding_window and '
+                 'sliding_window')
         config['num_key_value_heads'] = config.get('num_key_value_heads') or config['num_attention_heads']
         longest = config['max_position_embeddings']
         shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
@@ -179,13 +192,13 @@ def read_config(folder, pe):
             if not isinstance(value, int):
                 fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
         theta = rope.get('rope_theta') or config.get('rope_theta') or (2e6 if smollm3 else 1e4)
-        as_configured = 'rope' if with_rope[0] else 'nope'
+        as_configured = pattern(['rope' if rotates else 'nope' for rotates in with_rope[:n]])
         if rope.get('rope_type', rope.get('type')) == 'linear' and rope['factor'] >= NO_ROPE:
             as_configured = 'nope'
-        c = GPTConfig(**shape, pe=pe or as_configured, qk_norm=qwen3, norm_eps=float(config.get('rms_norm_eps', 1e-6)),
-                      rope_theta=float(theta))
+        c = GPTConfig(**shape, pe=pe or as_configured, window=pattern(windows), qk_norm=qwen3,
+                      norm_eps=float(config.get('rms_norm_eps', 1e-6)), rope_theta=float(theta))
         freq, lam = None, 1.0
-        if c.pe == 'rope':
+        if 'rope' in c.layer_pe:
             freq, lam = read_scaling(c, rope, longest)
         return replace(c, rope_inv_freq=freq), float(lam), longest, config.get('tie_word_embeddings', smollm3)
     except KeyError as e:
@@ -250,7 +263,9 @@ def read(folder, out, pe):
     if os.path.exists(out):
         fail(f'{out} exists already: remove it, or choose another name')
     c, lam, longest, tied = read_config(folder, pe)
-    files, model, gains = weight_files(folder), {}, [lam] * c.n_layer      # gains: of all heads of a layer
+    files, model = weight_files(folder), {}
+    # of all heads of a layer: the temperature that comes with RoPE's scaling, times Qwen3's gains
+    gains = [lam if kind == 'rope' else 1.0 for kind in c.layer_pe]
     with torch.device('meta'):                       # names and shapes only
         want = {k: v.shape for k, v in GPT(c).state_dict().items()}
     ours = {hf_name(k): k for k in want if not k.endswith(('scale', 'slope'))}
@@ -390,21 +405,30 @@ def write(ckpt, folder, dtype):
     with torch.device('meta'):                       # do the weights fit?
         c = load_model(ckpt).config
     model, none = ckpt['model'], 'has it, so it cannot be exported'
-    if c.pe not in ('rope', 'nope'):
+    if not set(c.layer_pe) <= {'rope', 'nope'}:
         fail(f'pe={c.pe}: no architecture of transformers {none}')
     n, sloped = longest(ckpt), any(model[k].any() for k in model if k.endswith('.slope'))
+    if sloped and c.law != 'length':
+        fail(f'law {c.law} goes by the position of a query, which no fixed matrix knows: no architecture here {none}')
     if sloped and n <= c.block_size:
         fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to '
              'be frozen at: convert the one that extend.py wrote')
     if c.qk_norm == 'full':
         fail(f'qk_norm=full, over all heads together: no architecture of transformers {none}')
-    if c.pe == 'rope' and c.rope_inv_freq and c.rope_start:
+    if 'rope' in c.layer_pe and c.rope_fraction < 1:
+        fail(f'rope_fraction {c.rope_fraction:g} (p-RoPE): no architecture here {none}')
+    windows = set(c.layer_window) - {0}
+    if len(windows) > 1:
+        fail(f'window {c.window}: SmolLM3 has one for all layers that have one, so it cannot be exported')
+    if c.qk_norm and (windows or len(set(c.layer_pe)) > 1):
+        fail(f'qk_norm with layers that differ: no architecture of transformers {none}')
+    if 'rope' in c.layer_pe and c.rope_inv_freq and c.rope_start:
         fail(f'rope_start {c.rope_start} (LongRoPE\'s n-hat): no architecture of transformers {none}')
     try:
         from safetensors.torch import save_file
     except ImportError:
         fail('writing model.safetensors needs safetensors: pip install safetensors')
-    kind = 'llama' if c.pe == 'rope' else 'smollm3'
+    kind = 'llama' if c.pe == 'rope' and not windows else 'smollm3'
     if c.qk_norm:
         kind = 'qwen3'
     tied = torch.equal(model['embed.weight'], model['lm_head.weight'])
@@ -431,14 +455,15 @@ def write(ckpt, folder, dtype):
     lam = 1.0                                        # the temperature that comes with RoPE's scaling
     if n > c.block_size:
         config['original_max_position_embeddings'] = c.block_size
-    if kind != 'llama':
-        config.update(layer_types=['full_attention'] * c.n_layer, use_sliding_window=False, sliding_window=None)
-    if c.pe == 'rope':                               # the older names, which all versions read
+    if 'rope' in c.layer_pe:                         # the older names, which all versions read
         config['rope_theta'], config['rope_scaling'], lam = write_scaling(wide, n)
     elif c.qk_norm:
         config['rope_scaling'] = dict(rope_type='linear', factor=NO_ROPE)
-    else:
-        config['no_rope_layers'] = [0] * c.n_layer   # 0 is without RoPE
+    if kind != 'llama':
+        kinds = ['sliding_attention' if window else 'full_attention' for window in c.layer_window]
+        config.update(layer_types=kinds, use_sliding_window=bool(windows), sliding_window=max(windows, default=None))
+    if kind == 'smollm3':
+        config['no_rope_layers'] = [int(pe == 'rope') for pe in c.layer_pe]              # 0 is without RoPE
     size = sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize
     preflight(os.path.dirname(folder), size * wide.n_embd // c.n_embd)
 
@@ -450,7 +475,9 @@ def write(ckpt, folder, dtype):
         if k.endswith(('.scale', '.slope', '.gain')) or k.startswith('pos_') or (tied and k == 'lm_head.weight'):
             continue
         if k.endswith('q_proj.weight') and not c.qk_norm:        # 1.0 changes no bit
-            fold = scale[k.replace('q_proj.weight', 'scale')] / torch.tensor(lam)                # (nh,), fp32
+            fold = scale[k.replace('q_proj.weight', 'scale')]                # (nh,), fp32
+            if c.layer_pe[int(k.split('.')[1])] == 'rope':
+                fold = fold / torch.tensor(lam)
             w = (w.float().view(c.n_head, -1, c.n_embd) * fold[:, None, None]).view(w.shape)
         state[hf_name(k)] = w.to(DTYPES[dtype]).contiguous()
         if not state[hf_name(k)].isfinite().all():

@@ -58,7 +58,8 @@ class NanoNoPE(TemplateLM):
             fail('data.hf.harness is one process: start it without torchrun')
         ckpt = load_checkpoint(str(ckpt))
         self.model = frozen(load_model(ckpt), self.env)
-        self.sloped = any(b.attn.slope.any().item() for b in self.model.blocks)
+        by_length = self.model.config.law == 'length'
+        self.sloped = by_length and any(b.attn.slope.any().item() for b in self.model.blocks)
         name = f'hf:{tokenizer}' if tokenizer else ckpt['tokenizer']
         self.max_length = int(max_length or longest(ckpt))
         self.tok = open_tokenizer(ckpt, self.model.config, name, [self.max_length])
