@@ -21,7 +21,7 @@ LLAMA2 = dict(block_size=4096, n_layer=1, n_head=32, n_kv_head=32, n_embd=4096, 
 # YaRN (Peng et al. 2024, arXiv 2309.00071) for Llama-2 at s = 16, its 64K model
 
 def test_yarn_keeps_and_divides_the_dimensions_that_the_paper_says():
-    """Sec. 3.2, eq. 17 to 20, by how often a dimension turns within L: kept above beta = 32, divided below alpha = 1."""
+    """Sec. 3.2, eq. 17 to 20: kept what turns more than beta = 32 times within L, divided what turns less than once."""
     freq, _ = yarn(GPTConfig(**LLAMA2), 16 * 4096)
     kept, divided, between = 0, 0, 0
     for m, new in enumerate(freq):
