@@ -491,6 +491,8 @@ def test_an_export_says_what_does_not_follow(tokenizer, saved, tmp_path):
     assert 'llama.cpp rotates three of four layers of any SmolLM3' in said
     checkpoint(tmp_path / 'b.pt', build(vocab_size=300, pe='rope'), tokenizer)
     assert 'llama.cpp' not in run(convert, tmp_path / 'b.pt', tmp_path / 'out2')
+    checkpoint(tmp_path / 'c.pt', build(vocab_size=300, qk_norm=True), tokenizer)
+    assert 'llama.cpp rotates every layer of such a Qwen3' in run(convert, tmp_path / 'c.pt', tmp_path / 'out3')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -789,6 +791,8 @@ def test_qk_norm_runs_there_as_qwen3(pe, case, hf, tmp_path):
     same(there, tmp_path / 'a.pt', 128, tol=1e-4)
     assert type(there).__name__ == 'Qwen3ForCausalLM'
     assert there.config.head_dim == (8 if case == 'alike' else 16)       # twice as wide only where it must be
+    if pe == 'nope':                                 # vLLM keeps a table of factor x length positions of some kinds
+        assert there.config.rope_parameters['factor'] == 4
     if case == 'alike':                              # and then nothing is lost on the way back
         run(convert, tmp_path / 'out', tmp_path / 'b.pt')
         assert changed(tmp_path / 'a.pt', tmp_path / 'b.pt') == set()

@@ -11,7 +11,7 @@ in fp32. block_size is the length before any RoPE scaling. --pe nope drops RoPE 
 stays tied, there and back. Frequencies here do not change with the length of the input, so two scalings are frozen:
 `dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
 Out: rope is a LlamaForCausalLM; nope, both mixed and a window are a SmolLM3ForCausalLM; nope or rope with QK-norm is a
-Qwen3ForCausalLM (nope is its RoPE with positions divided by 1e12). Temperatures are multiplied into q_proj in fp32, or
+Qwen3ForCausalLM (nope is its RoPE with frequencies divided by 1e12). Temperatures are multiplied into q_proj in fp32, or
 into Qwen3's norms; slopes as they stand at the length that the checkpoint was extended to. What no fixed matrix holds
 (LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
@@ -38,7 +38,7 @@ from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM', qwen3='Qwen3ForCausalLM')   # by model_type
 SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-NO_ROPE = 1e12               # RoPE whose positions are divided by so much turns nothing
+NO_ROPE = 1e12               # RoPE whose frequencies are divided by so much turns nothing
 SHAPE = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
              n_kv_head='num_key_value_heads', n_embd='hidden_size', n_inner='intermediate_size')
 # fields that would make it another network, and the values that do not; the first stands for a missing one
@@ -114,6 +114,12 @@ def read_scaling(c, rope, longest):
     raise ValueError(f'rope_type {kind!r} is unknown')
 
 
+def longrope(c, longest, r):
+    """The rope_scaling that divides each frequency by its own r. vLLM calls attention_factor short_ and long_mscale."""
+    return dict(rope_type='longrope', factor=longest / c.block_size, original_max_position_embeddings=c.block_size,
+                short_factor=r, long_factor=r, attention_factor=1.0, short_mscale=1.0, long_mscale=1.0)
+
+
 def write_scaling(c, longest):
     """
     The inverse, up to `longest` tokens: -> (rope_theta, rope_scaling or None, the temperature that goes with it).
@@ -128,9 +134,7 @@ def write_scaling(c, longest):
                      dict(rope_type='llama3', factor=s, **L, low_freq_factor=1.0, high_freq_factor=4.0)):
             tries.append((c.rope_theta, rope))
     r = [t / f for t, f in zip(trained, freq)]
-    # vLLM calls attention_factor short_mscale and long_mscale
-    tries.append((c.rope_theta, dict(rope_type='longrope', factor=asked, **L, short_factor=r, long_factor=r,
-                                     attention_factor=1.0, short_mscale=1.0, long_mscale=1.0)))
+    tries.append((c.rope_theta, longrope(c, longest, r)))
     for theta, rope in tries:
         plain = replace(c, rope_theta=theta, rope_inv_freq=None)
         got, lam = read_scaling(plain, rope, longest)
@@ -193,7 +197,7 @@ def read_config(folder, pe):
                 fail(f'{file}: {SHAPE.get(name, name)} {value!r} is not a whole number')
         theta = rope.get('rope_theta') or config.get('rope_theta') or (2e6 if smollm3 else 1e4)
         as_configured = pattern(['rope' if rotates else 'nope' for rotates in with_rope[:n]])
-        if rope.get('rope_type', rope.get('type')) == 'linear' and rope['factor'] >= NO_ROPE:
+        if min(rope.get('long_factor') or [rope.get('factor') or 1]) >= NO_ROPE:
             as_configured = 'nope'
         c = GPTConfig(**shape, pe=pe or as_configured, window=pattern(windows), qk_norm=qwen3,
                       norm_eps=float(config.get('rms_norm_eps', 1e-6)), rope_theta=float(theta))
@@ -458,7 +462,8 @@ def write(ckpt, folder, dtype):
     if 'rope' in c.layer_pe:                         # the older names, which all versions read
         config['rope_theta'], config['rope_scaling'], lam = write_scaling(wide, n)
     elif c.qk_norm:
-        config['rope_scaling'] = dict(rope_type='linear', factor=NO_ROPE)
+        # not `linear`, for which vLLM would keep a table of factor x n positions
+        config['rope_scaling'] = longrope(c, n, [NO_ROPE] * (config['head_dim'] // 2))
     if kind != 'llama':
         kinds = ['sliding_attention' if window else 'full_attention' for window in c.layer_window]
         config.update(layer_types=kinds, use_sliding_window=bool(windows), sliding_window=max(windows, default=None))
@@ -512,9 +517,9 @@ def write(ckpt, folder, dtype):
     print(said)
     if source is None:
         print(f'note: the tokenizer {ckpt["tokenizer"]} has no files for transformers, so none goes along')
-    if kind == 'smollm3':
-        print('warning: llama.cpp rotates three of four layers of any SmolLM3, so a GGUF of this folder would be '
-              'silently wrong')
+    if c.pe == 'nope':
+        rotated = dict(smollm3='three of four layers of any SmolLM3', qwen3='every layer of such a Qwen3')[kind]
+        print(f'warning: llama.cpp rotates {rotated}, so a GGUF of this folder would be silently wrong')
 
 
 def parse_args(argv=None):
