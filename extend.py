@@ -24,17 +24,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from operator import itemgetter
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.checkpoint import (
     check_fits,
     find_checkpoint,
-    fingerprint,
     frozen,
     load_checkpoint,
     load_model,
@@ -42,9 +38,20 @@ from data.checkpoint import (
     save_checkpoint,
     stem,
 )
-from data.figures import default_lengths, extension_tables, plot_extension, pyplot, read_json, write_csv, write_json
-from data.longrope import Candidate, search
-from data.measure import choose_windows, entropies, entropy_rows, long_enough, perplexity
+from data.extension import (
+    Record,
+    best_of,
+    fit_micro_batch,
+    heads,
+    micro_batches,
+    open_corpus,
+    progress,
+    set_heads,
+)
+from data.figures import default_lengths, extension_tables, plot_extension, pyplot
+from data.measure import choose_windows, long_enough, measure, measure_base, write_measured
+from data.positions import growth
+from data.rope import longrope, ntk_grid, stretch
 from data.runtime import (
     check_fused,
     choose_dtype,
@@ -63,41 +70,11 @@ from data.runtime import (
     setup,
 )
 from data.tokenizer import keep_files
-from data.tokens import describe_rows, documents, get_batch, open_data, open_rows
-from model import growth, ntk, pi, rope_frequencies, yarn
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a method gets, and what it leaves
-
-class Corpus(NamedTuple):
-    """What methods read: token ids, the id that begins a row, the documents that rows begin with (None: anywhere)."""
-    tokens: object
-    bos: int                     # None: rows are as they come
-    docs: tuple = None
-
-
-class Record(NamedTuple):
-    """How a method found what it changed in the model."""
-    curve: list = []             # (lambda, loss) of each that was tried; LongRoPE: (candidates so far, lowest loss)
-    losses: list = []            # of each step of tuning
-    batches: int = 0             # of args.batch rows that were read
-
-
-def heads(model, what='scale'):
-    """The temperatures of all heads, or their slopes: (n_layer, n_head), on the CPU."""
-    return torch.stack([getattr(block.attn, what).detach() for block in model.blocks]).cpu()
-
-
-def set_heads(model, value, what='scale'):
-    """value: a number for the layers whose temperatures are tuned, or a tensor (n_layer, n_head)."""
-    shape = (model.config.n_layer, model.config.n_head)
-    rows = torch.as_tensor(value, dtype=torch.float32).expand(shape)
-    for layer in model.config.tempered:
-        getattr(model.blocks[layer].attn, what).data.copy_(rows[layer])
+from data.tokens import documents, open_data
 
 
 def set_law(model, law, at):
-    """A law in units of `at` tokens, with the slope that it was published with for all heads (see model.growth)."""
+    """A law (see growth) in units of `at` tokens, with the slope that it was published with, for all heads."""
     model.config.law, model.config.law_at = law, at
     slope = dict(logn=1 / math.log(at), llama4=0.1, swan=1 / math.log(at))[law]
     set_heads(model, slope, 'slope')
@@ -131,31 +108,6 @@ def uniform(model, corpus, args, env):
     set_law(model, args.law, args.law_at or L)
     env.print(f'{args.law} law as published, in units of {args.law_at or L} tokens')
     return Record()
-
-
-def best_of(values, use, what, model, corpus, args, env):
-    """
-    Tries each value by use(value), and keeps the one with the lowest loss. As in the paper's fit (app. B), positions
-    past the training length are scored: those within it need no sharpening.
-    """
-    past = model.config.block_size
-    if args.length <= past:
-        past = 0
-    curve = []
-    for value in progress(env, values, desc=f'{args.method} at {args.length}', leave=False):
-        use(value)
-        curve.append((value, loss_of(model, corpus, args, env, past)))
-    best, lowest = min(curve, key=itemgetter(1))
-    highest = max(curve, key=itemgetter(1))[1]
-    use(best)
-
-    tokens = args.grid_batches * args.batch * (args.length - past)
-    env.print(f'{what} at {args.length}, loss on {tokens:,} tokens past {past}:')
-    for value, loss in curve:
-        bar = '#' * int(40 * (loss - lowest) / max(1e-9, highest - lowest))
-        mark = '  <- best' if value == best else ''
-        env.print(f'  {value:5.2f}  {loss:.4f}  {bar}{mark}')
-    return Record(curve=curve, batches=len(curve) * args.grid_batches)
 
 
 def head(model, corpus, args, env):
@@ -245,108 +197,6 @@ def head_log(model, corpus, args, env):
     record = head(model, corpus, args, env)
     as_slopes(model, args.length)
     return record
-
-
-GRID_STEP = 10**9                # what is tried on a grid sees other batches than any step of tuning
-
-
-@torch.no_grad()
-def loss_of(model, corpus, args, env, past=0):
-    """Mean loss after `past` tokens of a row, on the args.grid_batches batches that every candidate is tried on."""
-    total = torch.zeros((), dtype=torch.float64, device=env.device)
-    for i in range(args.grid_batches):
-        for x, y in micro_batches(corpus, args, env, GRID_STEP + i):
-            with env.autocast():
-                loss = model(x, y[:, past:], rows=slice(past, None))[1]
-                total += loss.double() * len(x) / args.batch / args.grid_batches
-    return env.sum(total).item()
-
-
-def micro_batches(corpus, args, env, step):
-    """This process's part of a batch of args.batch rows: [(idx, targets)], each (up to args.micro_batch, length)."""
-    x, y = get_batch(corpus.tokens, corpus.bos, args.batch, args.length, args.seed, step, env.rank, env.world,
-                     corpus.docs)
-    return list(zip(x.to(env.device).split(args.micro_batch), y.to(env.device).split(args.micro_batch)))
-
-
-def progress(env, *args, **kwargs):
-    """A progress bar, on one process."""
-    return tqdm(*args, disable=not env.master, dynamic_ncols=True, **kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# RoPE: slower rotation
-
-ROPE = dict(pi=pi, ntk=ntk, yarn=yarn)
-
-
-def set_frequencies(model, inv_freq, start=0):
-    """Rotates by these hs/2 inverse frequencies, but the first `start` positions by those of training."""
-    model.inv_freq.copy_(torch.tensor(inv_freq))
-    model.config.rope_inv_freq = inv_freq
-    model.config.rope_start = start
-
-
-def stretch(model, corpus, args, env):
-    """PI, NTK or YaRN: frequencies and a temperature by a formula; nothing is tuned."""
-    inv_freq, lam = ROPE[args.method](model.config, args.length)
-    set_frequencies(model, inv_freq)
-    set_heads(model, lam)
-    return Record()
-
-
-def ntk_grid(model, corpus, args, env):
-    """
-    NTK set for a longer length than --length, which it is known to need: of the multiples on args.grid the best one, so
-    that RoPE's simplest extension gets the search that uniform gets.
-    """
-    def use(times):
-        inv_freq, _ = ntk(model.config, times * args.length)
-        set_frequencies(model, inv_freq)
-    return best_of(args.grid, use, 'ntk, set for so many times the length', model, corpus, args, env)
-
-
-def longrope(model, corpus, args, env):
-    """
-    LongRoPE (Ding et al. 2024, eq. 3, alg. 1): a divisor for each frequency, and first positions that are not
-    stretched, by evolution from PI, NTK and YaRN; lowest loss at args.length wins. The temperature is that of its code,
-    1 + ln s / ln L for s = length / L (there the root of it, on q and on k).
-    """
-    config = model.config
-    trained = rope_frequencies(config)
-    scale = args.length / config.block_size
-    largest = 1.25 * scale
-    set_heads(model, 1 + math.log(scale) / math.log(max(2, config.block_size)))
-
-    def rotate_by(candidate):
-        inv_freq = np.divide(trained, candidate.divisors).astype(np.float32)
-        set_frequencies(model, inv_freq.tolist(), candidate.start)
-
-    def loss(candidate):
-        rotate_by(candidate)
-        return loss_of(model, corpus, args, env)
-
-    seeds = {}
-    for name, rule in ROPE.items():
-        inv_freq, _ = rule(config, args.length)
-        divisors = np.clip(np.divide(trained, inv_freq), 1.0, largest)
-        seeds[name] = Candidate(tuple(divisors.tolist()), 0)
-
-    total = args.population + 2 * (args.population // 4) * args.iterations
-    with progress(env, total=total, desc=f'longrope at {args.length}') as bar:
-        def tried(lowest):
-            bar.update()
-            bar.set_postfix_str(f'loss {lowest:.4f}')
-        rng = np.random.default_rng(args.seed)
-        losses, curve = search(list(seeds.values()), largest, loss, args.population, args.iterations, rng, tried)
-
-    best = min(losses, key=losses.get)
-    rotate_by(best)
-    for name, seed in seeds.items():
-        env.print(f'  {name:8} {losses[seed]:.4f}')
-    divisors = ' '.join(f'{r:.2f}' for r in best.divisors)
-    env.print(f'  longrope {losses[best]:.4f}  n-hat {best.start}, divisors {divisors}')
-    return Record(curve=curve, batches=len(losses) * args.grid_batches)
 
 
 class Method(NamedTuple):
@@ -510,80 +360,6 @@ def check(args, model, env):
              f'--length {args.length} must be longer')
 
 
-def open_corpus(args, meta, bos, why, env):
-    """What the method reads, as far as it reads something."""
-    if not METHODS[args.method].reads_corpus:
-        return None
-    tokens, _ = open_data(args.data, 'train')
-    docs = open_rows(args.rows, tokens, meta, 'train', args.length, args.data)
-    env.print(describe_rows(args.rows, why, tokens, args.length, docs, bos))
-    return Corpus(tokens, bos, docs)
-
-
-HEADROOM = 2 * 10**9             # bytes that memory() leaves out: the allocator's, the library's
-
-
-def fit_micro_batch(args, model, tuned, env):
-    """Rows in one forward pass: as asked, else this process's share of the batch, on a GPU what fits of it."""
-    share = args.batch // env.world
-    if args.micro_batch:
-        return min(args.micro_batch, share)
-    rows = share
-    if tuned and 'cuda' in env.device:
-        free = torch.cuda.mem_get_info()[0] - HEADROOM
-        while rows > 1 and 1.3 * memory(model, rows * args.length, False, args, env) > free:
-            rows //= 2
-    return rows
-
-
-def measure(model, name, docs, bos, args, env):
-    """-> the rows of perplexity and those of entropy, none of what --measure leaves out. Writes their csv."""
-    ppl, entropy = [], []
-    lengths = f'{args.lengths[0]:,} to {args.lengths[-1]:,} tokens'
-    if 'ppl' in args.measure:
-        env.print(f'{name}: perplexity at {len(args.lengths)} lengths, {lengths}, on {args.eval_tokens:,} tokens each')
-        ppl = perplexity(model, docs, bos, args.lengths, args.stride, args.eval_tokens, env, args.batch_tokens,
-                         args.protocol == 'paper', args.past, args.rows)
-    if 'entropy' in args.measure:
-        env.print(f'{name}: attention entropy on up to 4 documents of {args.lengths[-1]:,} tokens')
-        entropy = entropy_rows(entropies(model, docs, args.lengths[-1], env))
-    write_measured(name, ppl, entropy, args, env)
-    return ppl, entropy
-
-
-def write_measured(name, ppl, entropy, args, env):
-    """<name>.ppl.csv and <name>.entropy.csv in args.out, as far as there are rows."""
-    paper = '.paper' if args.protocol == 'paper' else ''
-    if env.master and ppl:
-        write_csv(f'{args.out}/{name}{paper}.ppl.csv', ppl)
-    if env.master and entropy:
-        write_csv(f'{args.out}/{name}.entropy.csv', entropy)
-
-
-def measure_base(model, docs, bos, meta, args, env):
-    """
-    measure() of --ckpt itself, once for all its extensions: beside the csv is a file that has the rows and what made
-    them. Only --method none measures in any case.
-    """
-    name = stem(args.ckpt)
-    file = f'{args.out}/{name}.measured.json'
-    made_by = dict(checkpoint=fingerprint(args.ckpt), data=meta['val']['sha256'], bos=bos, dtype=env.dtype)
-    for flag in 'lengths', 'stride', 'eval_tokens', 'protocol', 'past', 'rows':
-        made_by[flag] = getattr(args, flag)
-
-    kept = env.broadcast(read_json(file)) or {}      # all processes must decide alike
-    alike = kept.get('made_by') == made_by and all(kept[what] for what in args.measure)
-    if alike and args.method != 'none':
-        env.print(f'{args.ckpt} was measured before: its numbers are those of {file}')
-        rows = {what: kept[what] if what in args.measure else [] for what in ('ppl', 'entropy')}
-        write_measured(name, **rows, args=args, env=env)
-        return rows['ppl'], rows['entropy']
-    ppl, entropy = measure(model, name, docs, bos, args, env)
-    if env.master:
-        write_json(file, dict(made_by=made_by, ppl=ppl, entropy=entropy))
-    return ppl, entropy
-
-
 def as_trained(model):
     """No temperature and no frequency is another than in training."""
     return bool((heads(model) == 1).all()) and not heads(model, 'slope').any() and not model.config.rope_inv_freq
@@ -615,7 +391,9 @@ def main(argv=None):
     at = '' if args.method == 'none' else f' at {args.length} ({args.length / L:g}x)'
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}{at}')
     bos = meta['bos'] if args.bos else None
-    corpus = open_corpus(args, meta, bos, why, env)
+    corpus = None
+    if method.reads_corpus:
+        corpus = open_corpus(args, meta, bos, why, env)
     docs = documents(val, meta, 'val')
     paper = args.protocol == 'paper'
     if 'ppl' in args.measure:                        # too short a val.bin is known before the work

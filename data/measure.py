@@ -9,6 +9,8 @@ from operator import itemgetter
 import torch
 from tqdm import tqdm
 
+from data.checkpoint import fingerprint, stem
+from data.figures import read_json, write_csv, write_json
 from data.runtime import fail, say_time
 from data.tokens import anchor
 
@@ -184,3 +186,54 @@ def entropy_rows(entropy, bands=32):
                 mean = entropy[layer, h, start:end].mean().item()
                 rows.append(dict(layer=layer, head=h, position=end, entropy=mean))
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what extend.py writes
+
+def measure(model, name, docs, bos, args, env):
+    """-> the rows of perplexity and those of entropy, none of what --measure leaves out. Writes their csv."""
+    ppl, entropy = [], []
+    lengths = f'{args.lengths[0]:,} to {args.lengths[-1]:,} tokens'
+    if 'ppl' in args.measure:
+        env.print(f'{name}: perplexity at {len(args.lengths)} lengths, {lengths}, on {args.eval_tokens:,} tokens each')
+        ppl = perplexity(model, docs, bos, args.lengths, args.stride, args.eval_tokens, env, args.batch_tokens,
+                         args.protocol == 'paper', args.past, args.rows)
+    if 'entropy' in args.measure:
+        env.print(f'{name}: attention entropy on up to 4 documents of {args.lengths[-1]:,} tokens')
+        entropy = entropy_rows(entropies(model, docs, args.lengths[-1], env))
+    write_measured(name, ppl, entropy, args, env)
+    return ppl, entropy
+
+
+def write_measured(name, ppl, entropy, args, env):
+    """<name>.ppl.csv and <name>.entropy.csv in args.out, as far as there are rows."""
+    paper = '.paper' if args.protocol == 'paper' else ''
+    if env.master and ppl:
+        write_csv(f'{args.out}/{name}{paper}.ppl.csv', ppl)
+    if env.master and entropy:
+        write_csv(f'{args.out}/{name}.entropy.csv', entropy)
+
+
+def measure_base(model, docs, bos, meta, args, env):
+    """
+    measure() of --ckpt itself, once for all its extensions: beside the csv is a file that has the rows and what made
+    them. Only --method none measures in any case.
+    """
+    name = stem(args.ckpt)
+    file = f'{args.out}/{name}.measured.json'
+    made_by = dict(checkpoint=fingerprint(args.ckpt), data=meta['val']['sha256'], bos=bos, dtype=env.dtype)
+    for flag in 'lengths', 'stride', 'eval_tokens', 'protocol', 'past', 'rows':
+        made_by[flag] = getattr(args, flag)
+
+    kept = env.broadcast(read_json(file)) or {}      # all processes must decide alike
+    alike = kept.get('made_by') == made_by and all(kept[what] for what in args.measure)
+    if alike and args.method != 'none':
+        env.print(f'{args.ckpt} was measured before: its numbers are those of {file}')
+        rows = {what: kept[what] if what in args.measure else [] for what in ('ppl', 'entropy')}
+        write_measured(name, **rows, args=args, env=env)
+        return rows['ppl'], rows['entropy']
+    ppl, entropy = measure(model, name, docs, bos, args, env)
+    if env.master:
+        write_json(file, dict(made_by=made_by, ppl=ppl, entropy=entropy))
+    return ppl, entropy

@@ -45,6 +45,7 @@ import eval_passkey
 import extend
 from data import measure
 from data.checkpoint import frozen, load_checkpoint, load_model
+from data.extension import Corpus
 from data.figures import default_lengths, read_csv, write_csv
 from data.hf import convert
 from data.log import used_memory
@@ -261,7 +262,7 @@ def once(what, length, shape, dtype, answers):
             loss.backward()
             optimizer.step()
         elif what.startswith('tune'):
-            extend.tune(model, extend.Corpus(ids, tok.bos), args, env)
+            extend.tune(model, Corpus(ids, tok.bos), args, env)
         elif what == 'perplexity':
             measure.perplexity(model, [ids], tok.bos, [length], 64, 64, env, length)
         elif what == 'entropy':

@@ -29,14 +29,15 @@ from conftest import (
 import eval_passkey
 import extend
 import train
-from data import measure, runtime
+from data import extension, measure, runtime
 from data.checkpoint import frozen, load_checkpoint, load_model
+from data.extension import Corpus, loss_of
 from data.figures import read_csv, read_json, write_json
-from data.longrope import N_HAT, Candidate, search
+from data.positions import ntk, pi, rope_frequencies, t5_bucket, yarn
+from data.rope import N_HAT, Candidate, search
 from data.runtime import Env
 from data.tokens import get_batch, open_data
-from extend import Corpus
-from model import ENCODINGS, GPTConfig, ntk, pi, rope_frequencies, t5_bucket, yarn
+from model import ENCODINGS, GPTConfig
 from results import fit
 
 ENV = Env()
@@ -225,7 +226,7 @@ def test_uniform_takes_the_lowest_loss_past_the_training_length(length, past, ca
 
 def test_the_grid_and_the_tuning_see_different_batches(monkeypatch):
     seen, real = [], get_batch
-    monkeypatch.setattr(extend, 'get_batch', lambda *a: seen.append(real(*a)[0]) or (seen[-1], seen[-1]))
+    monkeypatch.setattr(extension, 'get_batch', lambda *a: seen.append(real(*a)[0]) or (seen[-1], seen[-1]))
     model, args = build(), flags(steps=4)
     extend.uniform(model, corpus_of(4000, None), args, ENV)
     grid, seen[:] = {x.numpy().tobytes() for x in seen}, []
@@ -359,14 +360,14 @@ def test_longrope(corpus, tmp_path):
     args = flags(length=128, batch=4, micro_batch=4, seed=314, grid_batches=1)
     data, meta = open_data(corpus, 'train')
     assert tried[-1][1] == pytest.approx(
-        extend.loss_of(load_model(new), Corpus(data, meta['bos']), args, ENV), abs=1e-6
+        loss_of(load_model(new), Corpus(data, meta['bos']), args, ENV), abs=1e-6
     )
     for name, method in STRETCHED.items():
         seed = load_model(
             {**old, 'config': {**old['config'], 'rope_inv_freq': method(GPTConfig(**old['config']), 128)[0]}}
         )
         set_heads(seed, lam)
-        assert tried[-1][1] <= extend.loss_of(seed, Corpus(data, meta['bos']), args, ENV) + 1e-6
+        assert tried[-1][1] <= loss_of(seed, Corpus(data, meta['bos']), args, ENV) + 1e-6
     run(eval_passkey, f'--ckpt {tmp_path}/longrope-128.pt --lengths 96 --depths 1 --trials 1 --decode {CPU}')
     check_refused(
         extend, f'{HEAD} --ckpt {tmp_path}/longrope-128.pt --data {corpus} --method pi', ' : extended already'
@@ -601,10 +602,10 @@ def count(monkeypatch):
     """-> a list that grows by 'ppl' or 'entropy' with each measurement of either."""
     calls = []
     for what, name in ('ppl', 'perplexity'), ('entropy', 'entropies'):
-        def counted(*args, what=what, real=getattr(extend, name), **named):
+        def counted(*args, what=what, real=getattr(measure, name), **named):
             calls.append(what)
             return real(*args, **named)
-        monkeypatch.setattr(extend, name, counted)
+        monkeypatch.setattr(measure, name, counted)
     return calls
 
 

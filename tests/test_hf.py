@@ -21,10 +21,11 @@ import train
 from data import sample
 from data.checkpoint import frozen, load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
+from data.positions import ntk, pi, rope_frequencies, yarn
 from data.runtime import Env
 from data.tokenizer import get_tokenizer
 from data.tokens import open_data, write_data
-from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
+from model import GPT, GPTConfig
 
 STRETCHED = dict(pi=pi, ntk=ntk, yarn=yarn)
 SHAPE = dict(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48)

@@ -14,7 +14,8 @@ import train
 from data.checkpoint import load_checkpoint, load_model
 from data.hf import convert
 from data.measure import attention_entropy
-from model import GPTConfig, KVCache, growth
+from data.positions import growth
+from model import GPTConfig, KVCache
 
 L = 16                                               # the block_size of build()
 MIXED = dict(pe='rope,rope,nope', window='6,5,0', n_layer=3)

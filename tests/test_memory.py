@@ -24,6 +24,7 @@ import extend
 import train
 from data import measure
 from data.checkpoint import frozen
+from data.extension import Corpus
 from data.runtime import Env
 from model import GPT, PRESETS, GPTConfig
 
@@ -47,7 +48,7 @@ ARGS = SimpleNamespace(
 )
 QUIET = SimpleNamespace(signal=0, bar=lambda parts, what: parts)     # no signal comes, no bar is drawn
 DATA = np.zeros(2 * T + 1, dtype=np.uint16)          # a split of .bin data, and a document
-CORPUS = extend.Corpus(DATA, 1)
+CORPUS = Corpus(DATA, 1)
 
 
 class Recorder(TorchDispatchMode):

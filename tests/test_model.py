@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import sample
 from data.checkpoint import load_checkpoint, load_model
+from data.positions import alibi_slopes, ntk, pi, t5_bucket, yarn
 from data.tokenizer import get_tokenizer
-from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache, alibi_slopes, ntk, pi, t5_bucket, yarn
+from model import ENCODINGS, GPT, PRESETS, GPTConfig, KVCache
 
 L = 16                                               # the block_size of build(); most sequences here are longer
 every_pe = pytest.mark.parametrize('pe', ENCODINGS)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import extend
+from data import rope
 from data.hf.convert import read_scaling
+from data.positions import alibi_slopes, ntk, rope_frequencies, yarn
 from data.runtime import Env
-from model import GPT, GPTConfig, alibi_slopes, ntk, rope_frequencies, yarn
+from model import GPT, GPTConfig
 from results.fit import fit
 
 # Llama-2's attention (Touvron et al. 2023): heads of 128, theta 10000, 4,096 tokens
@@ -76,9 +77,9 @@ def test_yarn_as_transformers_has_it():
 def test_the_temperature_of_longrope(L, s, on_each, monkeypatch):
     config = GPTConfig(block_size=L, vocab_size=8, n_layer=1, n_head=1, n_kv_head=1, n_embd=8, n_inner=8, pe='rope')
     model = GPT(config)
-    monkeypatch.setattr(extend, 'loss_of', lambda *_: 0.0)
+    monkeypatch.setattr(rope, 'loss_of', lambda *_: 0.0)
     args = SimpleNamespace(length=s * L, population=4, iterations=0, seed=0, grid_batches=1)
-    extend.longrope(model, None, args, Env(device='cpu', dtype='fp32'))
+    rope.longrope(model, None, args, Env(device='cpu', dtype='fp32'))
     assert model.blocks[0].attn.scale.item() == pytest.approx(on_each ** 2, rel=1e-5)
     longrope = dict(rope_type='longrope', long_factor=[1.0] * 4, factor=float(s))
     assert math.sqrt(read_scaling(config, longrope, s * L)[1]) == pytest.approx(on_each, rel=1e-5)

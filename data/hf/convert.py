@@ -11,9 +11,9 @@ in fp32. block_size is the length before any RoPE scaling. --pe nope drops RoPE 
 stays tied, there and back. Frequencies here do not change with the length of the input, so two scalings are frozen:
 `dynamic` as it stands at factor x max_position_embeddings tokens, `longrope` at its long_factor.
 Out: rope is a LlamaForCausalLM; nope, both mixed and a window are a SmolLM3ForCausalLM; nope or rope with QK-norm is a
-Qwen3ForCausalLM (nope is its RoPE with frequencies divided by 1e12). Temperatures are multiplied into q_proj in fp32, or
-into Qwen3's norms; slopes as they stand at the length that the checkpoint was extended to. What no fixed matrix holds
-(LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
+Qwen3ForCausalLM (nope is its RoPE with frequencies divided by 1e12). Temperatures are multiplied into q_proj in fp32,
+or into Qwen3's norms; slopes as they stand at the length that the checkpoint was extended to. What no fixed matrix
+holds (LongRoPE's n-hat, other encodings) is refused. The tokenizer's files go along where it is hf:DIR.
 """
 import json
 import math
@@ -32,9 +32,10 @@ from data.checkpoint import (
     preflight,
     save_checkpoint,
 )
+from data.positions import ntk, pi, rope_frequencies, yarn
 from data.runtime import fail, parser
 from data.tokenizer import FILES, VOCABULARY, fingerprint, get_tokenizer, keep_files
-from model import GPT, GPTConfig, ntk, pi, rope_frequencies, yarn
+from model import GPT, GPTConfig
 
 ARCHITECTURE = dict(llama='LlamaForCausalLM', smollm3='SmolLM3ForCausalLM', qwen3='Qwen3ForCausalLM')   # by model_type
 SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')

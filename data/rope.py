@@ -1,11 +1,93 @@
 """
-LongRoPE's search (Ding et al. 2024, sec. 3 and alg. 1): by evolution, a divisor for each frequency of RoPE, and how
-many first positions are not stretched. Probabilities and retries are those of its code (microsoft/LongRoPE). Two things
-differ from the code and follow the paper: it starts from PI, NTK and YaRN, not from YaRN alone, and it searches n-hat.
+Slower rotation: the methods of extend.py for a model with RoPE. Formulas are in data/positions.py.
+
+LongRoPE (Ding et al. 2024, sec. 3 and alg. 1) searches by evolution; probabilities and retries are those of its code
+(microsoft/LongRoPE). Two things differ from the code and follow the paper: it starts from PI, NTK and YaRN, not from
+YaRN alone, and it searches n-hat.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from data.extension import Record, best_of, loss_of, progress, set_heads
+from data.positions import ntk, pi, rope_frequencies, yarn
+
+ROPE = dict(pi=pi, ntk=ntk, yarn=yarn)
+
+
+def set_frequencies(model, inv_freq, start=0):
+    """Rotates by these hs/2 inverse frequencies, but the first `start` positions by those of training."""
+    model.inv_freq.copy_(torch.tensor(inv_freq))
+    model.config.rope_inv_freq = inv_freq
+    model.config.rope_start = start
+
+
+def stretch(model, corpus, args, env):
+    """PI, NTK or YaRN: frequencies and a temperature by a formula; nothing is tuned."""
+    inv_freq, lam = ROPE[args.method](model.config, args.length)
+    set_frequencies(model, inv_freq)
+    set_heads(model, lam)
+    return Record()
+
+
+def ntk_grid(model, corpus, args, env):
+    """
+    NTK set for a longer length than --length, which it is known to need: of the multiples on args.grid the best one, so
+    that RoPE's simplest extension gets the search that uniform gets.
+    """
+    def use(times):
+        inv_freq, _ = ntk(model.config, times * args.length)
+        set_frequencies(model, inv_freq)
+    return best_of(args.grid, use, 'ntk, set for so many times the length', model, corpus, args, env)
+
+
+def longrope(model, corpus, args, env):
+    """
+    LongRoPE (Ding et al. 2024, eq. 3, alg. 1): a divisor for each frequency, and first positions that are not
+    stretched, by evolution from PI, NTK and YaRN; lowest loss at args.length wins. The temperature is that of its code,
+    1 + ln s / ln L for s = length / L (there the root of it, on q and on k).
+    """
+    config = model.config
+    trained = rope_frequencies(config)
+    scale = args.length / config.block_size
+    largest = 1.25 * scale
+    set_heads(model, 1 + math.log(scale) / math.log(max(2, config.block_size)))
+
+    def rotate_by(candidate):
+        inv_freq = np.divide(trained, candidate.divisors).astype(np.float32)
+        set_frequencies(model, inv_freq.tolist(), candidate.start)
+
+    def loss(candidate):
+        rotate_by(candidate)
+        return loss_of(model, corpus, args, env)
+
+    seeds = {}
+    for name, rule in ROPE.items():
+        inv_freq, _ = rule(config, args.length)
+        divisors = np.clip(np.divide(trained, inv_freq), 1.0, largest)
+        seeds[name] = Candidate(tuple(divisors.tolist()), 0)
+
+    total = args.population + 2 * (args.population // 4) * args.iterations
+    with progress(env, total=total, desc=f'longrope at {args.length}') as bar:
+        def tried(lowest):
+            bar.update()
+            bar.set_postfix_str(f'loss {lowest:.4f}')
+        rng = np.random.default_rng(args.seed)
+        losses, curve = search(list(seeds.values()), largest, loss, args.population, args.iterations, rng, tried)
+
+    best = min(losses, key=losses.get)
+    rotate_by(best)
+    for name, seed in seeds.items():
+        env.print(f'  {name:8} {losses[seed]:.4f}')
+    divisors = ' '.join(f'{r:.2f}' for r in best.divisors)
+    env.print(f'  longrope {losses[best]:.4f}  n-hat {best.start}, divisors {divisors}')
+    return Record(curve=curve, batches=len(losses) * args.grid_batches)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the search
 
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 MUTATED = 0.3                    # probability that mutation draws a number anew
