@@ -13,7 +13,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, CPU, bits, changed, check_refused, close, refused, run, set_heads
+from conftest import BATCH, CPU, bits, changed, check_refused, close, refused, run, same_weights, set_heads, started
 from test_tokenizer import words_tokenizer
 
 import extend
@@ -229,6 +229,16 @@ def test_a_tied_head_stays_tied_in_training_and_export(saved, tmp_path):
     run(convert, tmp_path / 'whole', tmp_path / 'back')
     assert config_of(tmp_path / 'back')['tie_word_embeddings']
     assert 'lm_head.weight' not in torch.load(tmp_path / 'back/pytorch_model.bin')
+
+
+def test_two_processes_train_a_tied_head_as_one(tmp_path):
+    write_data(tmp_path / 'data', get_tokenizer('bytes'), {s: [list(range(200))] for s in ('train', 'val')}, '')
+    checkpoint(tmp_path / 'a.pt', build(pe='rope', vocab_size=257, tie_embeddings=True))
+    flags = f'--optimizer adamw --lr 1e-4 --warmup 0 --steps 2 --length 32 --batch_tokens 256 --micro_batch 2 {CPU}'
+    flags += f' --rows anywhere --eval_tokens 64 --init_from {tmp_path}/a.pt --data {tmp_path}/data'
+    run(train, flags, f'--out {tmp_path}/one')
+    started(train, flags, f'--out {tmp_path}/two', log=tmp_path / 'log', world=2)
+    same_weights(tmp_path / 'one', tmp_path / 'two')
 
 
 def test_a_converted_checkpoint_is_fine_tuned_by_default(saved, tmp_path):

@@ -328,7 +328,7 @@ def test_what_a_step_costs(what):
 def test_arithmetic_is_that_of_one_layer_written_out():
     C, inner, T = 8, 24, 100
     shape = dict(vocab_size=101, n_layer=1, n_head=2, n_kv_head=2, n_embd=C, n_inner=inner)
-    params = 4 * C * C + 3 * C * inner + 101 * C + 3 * C
+    params = 4 * C * C + 3 * C * inner + 101 * C + 3 * C                 # and norms; temperatures are no parameters
     assert bench.expected('train', T, shape) == (T * (6 * params + 12 * C * T), params)
     assert bench.expected('entropy', T, shape) == (T * (6 * params + 18 * C * T), params)
 

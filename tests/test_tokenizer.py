@@ -11,9 +11,8 @@ from tiktoken_ext import openai_public
 
 import eval_passkey
 import extend
-import model
 import train
-from data import tokenizer
+from data import sample, tokenizer
 from data.passkey import prepare as passkey
 from data.tokenizer import get_tokenizer, keep_files
 from data.tokens import write_data
@@ -134,11 +133,11 @@ def test_a_checkpoint_opens_when_the_folder_of_its_tokenizer_is_gone(run_with_wo
     run(train, TINY, f'--resume --steps 2 --data {tmp_path}/data --out {tmp_path}/run')
     monkeypatch.chdir(tmp_path)
     for ckpt in 'run', 'longer/uniform-128.pt':
-        assert '\nthe grass is' in run(model, ckpt, ['the grass is'], '--max_new_tokens 2 --device cpu')
+        assert '\nthe grass is' in run(sample, ckpt, ['the grass is'], '--max_new_tokens 2 --device cpu')
     os.rename('run/tokenizer', 'elsewhere')
     with refused('not a folder', '--tokenizer'):
-        run(model, 'run', ['the grass'], '--device cpu')
-    said = run(model, 'run', ['the grass'], '--max_new_tokens 2 --device cpu --tokenizer hf:elsewhere')
+        run(sample, 'run', ['the grass'], '--device cpu')
+    said = run(sample, 'run', ['the grass'], '--max_new_tokens 2 --device cpu --tokenizer hf:elsewhere')
     assert '\nthe grass' in said
 
 
@@ -147,7 +146,7 @@ def test_a_tokenizer_with_other_ids_is_refused(run_with_words):
     file = tmp_path / 'run/tokenizer/tokenizer.json'
     file.write_text(file.read_text().replace('"grass"', '"trees"'))
     with refused('another tokenizer'):
-        run(model, tmp_path / 'run', ['the trees'], '--device cpu')
+        run(sample, tmp_path / 'run', ['the trees'], '--device cpu')
     with refused('another tokenizer'):
         run(eval_passkey, f'--ckpt {tmp_path}/run --tokenizer hf:{tmp_path}/run/tokenizer --device cpu')
     with refused('run/tokenizer', 'another tokenizer', 'choose another folder'):
