@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, python, refused, run
+from conftest import ROOT, python, refused, run, write_corpus
 
 import train
 from data.checkpoint import load_checkpoint
@@ -362,6 +362,22 @@ def test_train_takes_the_flags_of_what_is_raced(size, n, tmp_path):
         assert (args.steps, args.preset) == (4, size)
         assert args.dtype == ('fp32' if 'fp32' in name else 'bf16')
         assert (args.n_embd is None) == ('preset' in name)
+
+
+@pytest.mark.slow
+def test_a_step_is_compared_with_the_machine_s_own_matrix_product(tmp_path, monkeypatch, capsys):
+    """The arithmetic is that of the shape that every contender has: one layer of attention and SwiGLU, and the head."""
+    toy = bench.Size(layers=1, heads=2, width=32, vocab=101, rows=4, length=64)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(bench.SIZES, 'toy', toy)
+    monkeypatch.setattr(bench, 'OURS', {'ours, fp32': '--pe rope --dtype fp32 --no-compile'})
+    monkeypatch.setattr(bench, 'matrix_product', lambda device: 1e9)
+    write_corpus(f'{tmp_path}/data')
+    row = bench.race(SimpleNamespace(nanogpt=None, rounds=1, steps=4, device='cpu'), str(tmp_path), 'toy')[-1]
+    params = 4 * 32 * 32 + 3 * 32 * toy.inner + 32 * 101 + 3 * 32 + 2 * 2
+    flops = 4 * 64 * (6 * params + 12 * 32 * 64)
+    assert row['trainer'] == 'ours, fp32'
+    assert float(row['of_product']) == pytest.approx(flops / (float(row['ms']) / 1000) / 1e9, rel=0.02)
 
 
 @pytest.mark.slow
