@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -72,6 +73,24 @@ def in_turns(rounds, *jobs):
             results[job] = job()
             seconds[job].append(time.time() - start)
     return [(statistics.median(seconds[job]), results[job]) for job in jobs]
+
+
+def watched(job):
+    """-> what job() returns, and the most GB of the GPU that were in use meanwhile, by whoever."""
+    seen, done = [0], threading.Event()
+
+    def look():
+        while not done.wait(0.1):
+            free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+            seen.append((total - free) / 1e9)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        return job(), max(seen)
+    finally:
+        done.set()
+        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
