@@ -5,15 +5,16 @@ Speed of training beside other trainers, and how the cost of each script grows. 
     python -m results.bench --nanogpt ~/nanoGPT --size tinyllama --steps 15     # speed-tinyllama.csv; a GPU of 80 GB
     python -m results.bench --costs                                             # costs.csv
     python -m results.bench --costs --preset tinyllama --lengths 2048,4096,8192,16384    # costs-tinyllama.csv; a GPU
-    python -m results.bench --perplexity                                        # perplexity-speed.csv
+    python -m results.bench --perplexity                     # perplexity-speed.csv; with --preset a file of its name
     python -m results.bench --passkey out/model                                 # passkey-speed.csv
 
 speed: a training step of nanoGPT's train.py, of a Hugging Face Llama and of ours. Every trainer is a process of its
 own, in turns, `--rounds` times over; the figure is the median step of a round. All train on the same tokens, 16 rows of
 256 a step, with AdamW, at the same shape and number of parameters (SwiGLU of 8/3 of the width has as many as nanoGPT's
-MLP of 4). nanoGPT runs as it comes, on CPU in fp32. --size tinyllama is 22 layers x 2048, 8 rows of 2,048 tokens,
-32,000 of them in the vocabulary, ours on random ones; with it comes our preset (NoPE, 4 KV heads), by rows in one
-forward pass, and with activation checkpointing.
+MLP of 4). nanoGPT runs as it comes, on CPU in fp32. of_product: the arithmetic of a step as a share of what this
+machine does in that time where it only multiplies two large bf16 matrices, measured before each round.
+--size tinyllama is 22 layers x 2048, 8 rows of 2,048 tokens, 32,000 of them in the vocabulary, ours on random ones;
+with it comes our preset (NoPE, 4 KV heads), by rows in one forward pass, and with activation checkpointing.
 
 costs: seconds and memory of one row in each script, by length and by model size, in fp32; those of a preset in bf16 and
 compiled on a GPU. 200 steps of head tuning at 16K, 8 rows each, take 1,600 times what one row costs.
@@ -34,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -74,6 +76,24 @@ def in_turns(rounds, *jobs):
     return [(statistics.median(seconds[job]), results[job]) for job in jobs]
 
 
+def watched(job):
+    """-> what job() returns, and the most GB of the GPU that were in use meanwhile, by whoever."""
+    seen, done = [0], threading.Event()
+
+    def look():
+        while not done.wait(0.1):
+            free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+            seen.append((total - free) / 1e9)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        return job(), max(seen)
+    finally:
+        done.set()
+        thread.join()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # speed of training
 
@@ -95,6 +115,12 @@ class Size(NamedTuple):
     def tokens(self):
         """A step."""
         return self.rows * self.length
+
+    @property
+    def shape(self):
+        """Fields of GPTConfig."""
+        return dict(vocab_size=self.vocab, n_layer=self.layers, n_head=self.heads, n_kv_head=self.heads,
+                    n_embd=self.width, n_inner=self.inner)
 
 
 SIZES = dict(
@@ -173,34 +199,66 @@ def settled(values):
     return statistics.median(values[len(values) // 3:])
 
 
+def matrix_product(device):
+    """FLOP/s of this machine in one large bf16 matrix product, which is the most that a training step could reach."""
+    n = 8192 if 'cuda' in device else 2048
+    a, b = torch.randn(2, n, n, device=device).bfloat16()
+    shortest = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        synchronize(SimpleNamespace(device=device))
+        shortest = min(shortest, time.perf_counter() - start)
+    return 2 * n**3 / shortest
+
+
+def step_flops(name, size):
+    """Arithmetic of a contender's step. All have as many parameters, but for our preset."""
+    shape = PRESETS['tinyllama'] if name.startswith('--preset') else SIZES[size].shape
+    return SIZES[size].rows * expected('train', SIZES[size].length, shape)[0]
+
+
+def lap(command, folder, out, tokens):
+    """
+    Runs a contender -> its milliseconds a step, and what only our log in `out` tells. RuntimeError where it fails: out
+    of memory, say. tokens: of a step.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        errors = done.stderr.strip().splitlines() or [str(done.returncode)]
+        raise RuntimeError(errors[-1])
+    if not os.path.exists(f'{out}/log.jsonl'):
+        ms = [float(text) for text in re.findall(r'time ([\d.]+)ms', done.stdout)]
+        return settled(ms), dict(mem_gb='', mfu='')
+    with open(f'{out}/log.jsonl') as f:
+        steps = [line for line in map(json.loads, f) if 'tok_s' in line]
+    ms = [1000 * tokens / line['tok_s'] for line in steps]
+    last = steps[-1]
+    mfu = ''
+    if last['mfu']:                                  # where the peak of the device is known
+        mfu = f'{settled([line["mfu"] for line in steps]):.3f}'
+    return settled(ms), dict(mem_gb=f'{last["mem_gb"]:.1f}', mfu=mfu)
+
+
 def race(args, tmp, size):
     """-> a row of the csv for each contender that ran to its end."""
     tokens = SIZES[size].tokens
     found = {}                   # name: milliseconds a step, of each round
     extras = {}                  # name: what only our log tells
-    log = f'{tmp}/ours/log.jsonl'
+    products = []                # FLOP/s, of each round
     entrants = contenders(args, tmp, size)
     for k in range(args.rounds):
+        products.append(matrix_product(args.device))
+        print(f'{size}, round {k + 1}, a bf16 matrix product: {products[-1] / 1e12:.3f} TFLOP/s', flush=True)
         for name, (command, folder) in entrants.items():
-            shutil.rmtree(f'{tmp}/ours', ignore_errors=True)
-            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
-            if done.returncode:                      # out of memory, say: the others count all the same
-                errors = done.stderr.strip().splitlines() or [done.returncode]
-                print(f'{size}, round {k + 1}, {name}: {errors[-1]}', flush=True)
+            try:
+                ms, extras[name] = lap(command, folder, f'{tmp}/ours', tokens)
+            except RuntimeError as e:                # the others count all the same
+                print(f'{size}, round {k + 1}, {name}: {e}', flush=True)
                 continue
-            if os.path.exists(log):
-                with open(log) as f:
-                    steps = [line for line in map(json.loads, f) if 'tok_s' in line]
-                ms = [1000 * tokens / line['tok_s'] for line in steps]
-                last = steps[-1]
-                mfu = ''
-                if last['mfu']:                      # where the peak of the device is known
-                    mfu = f'{settled([line["mfu"] for line in steps]):.3f}'
-                extras[name] = dict(mem_gb=f'{last["mem_gb"]:.1f}', mfu=mfu)
-            else:
-                ms = [float(text) for text in re.findall(r'time ([\d.]+)ms', done.stdout)]
-            found.setdefault(name, []).append(settled(ms))
-            print(f'{size}, round {k + 1}, {name}: {found[name][-1]:.1f} ms', flush=True)
+            found.setdefault(name, []).append(ms)
+            print(f'{size}, round {k + 1}, {name}: {ms:.1f} ms', flush=True)
 
     rows = []
     for name, ms in found.items():
@@ -208,15 +266,20 @@ def race(args, tmp, size):
         to_nanogpt = ''
         if 'nanoGPT' in found:
             to_nanogpt = f'{statistics.median(found["nanoGPT"]) / median:.2f}'
+        reached = step_flops(name, size) / (median / 1000)
         row = dict(size=size, trainer=name, ms=f'{median:.1f}', least=f'{min(ms):.1f}', most=f'{max(ms):.1f}',
                    rounds=len(ms), steps=args.steps, tok_s=f'{1000 * tokens / median:.0f}', to_nanogpt=to_nanogpt)
-        rows.append(row | extras.get(name, dict(mem_gb='', mfu='')))
+        rows.append(row | extras[name] | dict(of_product=f'{reached / statistics.median(products):.3f}'))
     return rows
 
 
 def speed(args):
     file = 'results/speed-tinyllama.csv' if 'tinyllama' in args.size else 'results/speed.csv'
-    kept = [row for row in read_csv(file) if row['size'] not in args.size]
+    kept = []
+    for row in read_csv(file):
+        if row['size'] not in args.size:
+            row.setdefault('of_product', '')         # older rows have none
+            kept.append(row)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         prepare = [sys.executable, '-m', 'data.passkey.prepare', '--out', f'{tmp}/data', '--tokens', '1000000']
@@ -295,6 +358,21 @@ def expected(what, n, shape):
     return flops, model.num_params(tables=False)
 
 
+def alone(what, n, shape, dtype):
+    """once() in a process of its own -> (seconds, MB), or None where it ended without an answer: out of memory, say."""
+    spawn = multiprocessing.get_context('spawn')
+    answers = spawn.Queue()
+    process = spawn.Process(target=once, args=(what, n, shape, dtype, answers))
+    process.start()
+    while process.is_alive() and answers.empty():
+        time.sleep(0.1)
+    if answers.empty():
+        return None
+    found = answers.get()
+    process.join()
+    return found
+
+
 def smaller(row, rows):
     """The last of the rows that differs in nothing but a smaller length or a smaller width, or None."""
     found = None
@@ -334,18 +412,13 @@ def costs(args):
         grid += [(what, 1024, square(width)) for what in SCRIPTS for width in (256, 512)]
 
     rows, flops = [], {}
-    spawn = multiprocessing.get_context('spawn')
     for what, n, shape in grid:
-        answers, width = spawn.Queue(), shape['n_embd']
-        process = spawn.Process(target=once, args=(what, n, shape, dtype, answers))
-        process.start()
-        while process.is_alive() and answers.empty():
-            time.sleep(0.1)
-        if answers.empty():
+        width = shape['n_embd']
+        found = alone(what, n, shape, dtype)
+        if not found:
             print(f'{what} at {n}, width {width}: ended without an answer (out of memory?)', flush=True)
             continue
-        seconds, mb = answers.get()
-        process.join()
+        seconds, mb = found
         flops[what, n, width], params = expected(what, n, shape)
         row = dict(what=what, length=n, width=width, params=params, seconds=f'{seconds:.4f}', mb=f'{mb:.1f}',
                    grows_by='', arithmetic_exponent='', time_exponent='', memory_exponent='')
@@ -361,36 +434,43 @@ def costs(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # perplexity
 
+def perplexity_at(n, model, env, rounds):
+    """-> seconds of measure.perplexity at this length and of bare forward passes, in turns, and of how many windows."""
+    vocab = model.config.vocab_size
+    per_pass, n_windows = max(1, 2**14 // n), max(4, 2**16 // n)
+    stride = min(256, n // 2)
+    ids = np.random.default_rng(0).integers(vocab, size=n + n_windows * stride + 1).astype(np.uint16)
+    batch = torch.from_numpy(ids[:n].astype(np.int64)).to(env.device).repeat(per_pass, 1)        # (per_pass, T)
+
+    @torch.inference_mode()
+    def bare():
+        for done in range(0, n_windows, per_pass):
+            with env.autocast():
+                model(batch[:n_windows - done], rows=slice(-1, None))
+        synchronize(env)
+
+    def whole():
+        measure.perplexity(model, [ids], None, [n], stride, n_windows * stride, env, 2**14)
+
+    in_turns(1, bare, whole)                         # warms up
+    (bare_s, _), (whole_s, _) = in_turns(rounds, bare, whole)
+    return dict(length=n, windows=n_windows, stride=stride, forward_s=f'{bare_s:.3f}', perplexity_s=f'{whole_s:.3f}',
+                times=f'{whole_s / bare_s:.2f}')
+
+
 def perplexity(args):
     """Seconds of measure.perplexity, and of bare forward passes over the same number of windows, in turns."""
     dtype = 'auto' if 'cuda' in args.device else 'fp32'
     env = setup(SimpleNamespace(device=args.device, dtype=dtype, seed=0))
     preset = args.preset or 'tiny'
     vocab = 32000 if args.preset else PASSKEY_VOCAB
+    file = f'results/perplexity-speed-{preset}.csv' if args.preset else 'results/perplexity-speed.csv'
     model = frozen(GPT(GPTConfig(vocab_size=vocab, **PRESETS[preset])), env)
     rows = []
     for n in args.lengths:
-        per_pass, n_windows = max(1, 2**14 // n), max(4, 2**16 // n)
-        stride = min(256, n // 2)
-        ids = np.random.default_rng(0).integers(vocab, size=n + n_windows * stride + 1).astype(np.uint16)
-        batch = torch.from_numpy(ids[:n].astype(np.int64)).to(env.device).repeat(per_pass, 1)    # (per_pass, T)
-
-        @torch.inference_mode()
-        def bare():
-            for done in range(0, n_windows, per_pass):
-                with env.autocast():
-                    model(batch[:n_windows - done], rows=slice(-1, None))
-            synchronize(env)
-
-        def whole():
-            measure.perplexity(model, [ids], None, [n], stride, n_windows * stride, env, 2**14)
-
-        in_turns(1, bare, whole)                     # warms up
-        (bare_s, _), (whole_s, _) = in_turns(args.rounds, bare, whole)
-        rows.append(dict(preset=preset, length=n, windows=n_windows, stride=stride, forward_s=f'{bare_s:.3f}',
-                         perplexity_s=f'{whole_s:.3f}', times=f'{whole_s / bare_s:.2f}'))
+        rows.append(dict(preset=preset) | perplexity_at(n, model, env, args.rounds))
         print(rows[-1], flush=True)
-        write_csv('results/perplexity-speed.csv', rows)
+        write_csv(file, rows)
     return rows
 
 

@@ -90,6 +90,8 @@ class Plan:
         for name, (source, before, options) in sources.items():
             # what a text is, its folder must tell: another text gets another one
             folder = f'{self.out}/{name}-{zlib.crc32(repr((source, before, options)).encode()):08x}'
+            if text and os.path.exists(f'{text}/meta.json'):         # tokenised beforehand
+                folder = text
             corpora[name] = folder, Command(f'-m data.{source}.prepare', dict(out=folder) | options, before)
         return corpora
 

@@ -4,6 +4,7 @@ import math
 import os
 import queue
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future
@@ -11,12 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, python, refused, run
+import torch
+from conftest import ROOT, python, refused, run, write_corpus
 
 import train
 from data.checkpoint import load_checkpoint
 from data.figures import read_csv, write_csv
-from results import bench, compare, fit, reproduce, stages, tables
+from results import bench, compare, fit, gpu, reproduce, stages, tables
 from results.plan import Machine, Plan
 from results.stages import Clock, Command, Stage, run_stages
 
@@ -362,6 +364,71 @@ def test_train_takes_the_flags_of_what_is_raced(size, n, tmp_path):
         assert (args.steps, args.preset) == (4, size)
         assert args.dtype == ('fp32' if 'fp32' in name else 'bf16')
         assert (args.n_embd is None) == ('preset' in name)
+
+
+@pytest.mark.slow
+def test_a_step_is_compared_with_the_machine_s_own_matrix_product(tmp_path, monkeypatch, capsys):
+    """The arithmetic is that of the shape that every contender has: one layer of attention and SwiGLU, and the head."""
+    toy = bench.Size(layers=1, heads=2, width=32, vocab=101, rows=4, length=64)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(bench.SIZES, 'toy', toy)
+    monkeypatch.setattr(bench, 'OURS', {'ours, fp32': '--pe rope --dtype fp32 --no-compile'})
+    monkeypatch.setattr(bench, 'matrix_product', lambda device: 1e9)
+    write_corpus(f'{tmp_path}/data')
+    row = bench.race(SimpleNamespace(nanogpt=None, rounds=1, steps=4, device='cpu'), str(tmp_path), 'toy')[-1]
+    params = 4 * 32 * 32 + 3 * 32 * toy.inner + 32 * 101 + 3 * 32 + 2 * 2
+    flops = 4 * 64 * (6 * params + 12 * 32 * 64)
+    assert row['trainer'] == 'ours, fp32'
+    assert float(row['of_product']) == pytest.approx(flops / (float(row['ms']) / 1000) / 1e9, rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_stages_for_a_gpu_are_rehearsed(tmp_path):
+    """Every stage of results/gpu.sh ends well at toy size and writes rows, and none is run again."""
+    env = dict(os.environ, PYTHON=sys.executable, OMP_NUM_THREADS='1')
+    env.update(OUT_DIR=f'{tmp_path}/out', CSV=f'{tmp_path}/gpu.csv')
+    env.pop('NANOGPT', None)
+    done = subprocess.run(['sh', 'results/gpu.sh', 'toy'], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read_csv(f'{tmp_path}/gpu.csv')
+    assert list(rows[0]) == ['stage', 'what', 'setting', 'value', 'unit', 'device', 'torch', 'date']
+    assert {row['stage'] for row in rows} == set(gpu.STAGES)
+    assert all(row['value'] for row in rows)
+    again = python('-m', 'results.gpu', '--toy', 'train', '--out', f'{tmp_path}/out', '--csv', f'{tmp_path}/gpu.csv')
+    assert again.stdout.count('already') == 6
+    assert read_csv(f'{tmp_path}/gpu.csv') == rows
+
+
+def test_a_stage_that_fails_says_so_in_the_csv_and_the_others_go_on(tmp_path, monkeypatch):
+    """And it is run again by the next call."""
+    def fails():
+        raise RuntimeError('out of memory\nand so on')
+
+    def found(large):
+        def jobs(*_):
+            yield 'large', large
+            yield 'small', lambda: dict(speed=(3, 'tokens/s'))
+        monkeypatch.setattr(gpu, 'jobs', jobs)
+        with pytest.raises(SystemExit) as end:
+            gpu.main(['--toy', 'train', '--csv', f'{tmp_path}/gpu.csv', '--out', str(tmp_path)])
+        rows = read_csv(f'{tmp_path}/gpu.csv')
+        return end.value.code, {(row['setting'], row['what'], row['value']) for row in rows}
+
+    assert found(fails) == (1, {('large', 'error', 'RuntimeError: out of memory'), ('small', 'speed', '3')})
+    assert found(lambda: dict(speed=(2, 'tokens/s'))) == (0, {('large', 'speed', '2'), ('small', 'speed', '3')})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu_only_a_rehearsal_is_run():
+    with refused('sh results/gpu.sh toy'):
+        gpu.main(['train'])
+
+
+def test_text_that_is_tokenised_already_is_taken_as_it_is(tmp_path):
+    (tmp_path / 'meta.json').write_text('{}')
+    plan = Plan('small', text=str(tmp_path))
+    assert plan.data('text') == str(tmp_path)
+    assert plan.corpora_stages() == []
 
 
 @pytest.mark.slow
