@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 # cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
-LAWS = ('length', 'logn', 'llama4', 'swan', 'ssmax')         # of a temperature, see growth()
 
 
 @dataclass
@@ -57,24 +56,12 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         self.window = str(self.window)
-        for name in ('pe', 'window'):
-            words = getattr(self, name).split(',')
-            if len(words) > self.n_layer:
-                raise ValueError(f'{name}={getattr(self, name)} names {len(words)} layers of n_layer {self.n_layer}')
-            if len(set(words)) == 1:
-                setattr(self, name, words[0])
-        if not all(word.isdigit() for word in self.window.split(',')):
-            raise ValueError(f'window={self.window!r} must be tokens, 0 for all, or a pattern of them: 64,64,64,0')
-        plain = ',' not in self.pe and self.window == '0'
-        if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
+        if len(set(self.layer_pe)) == 1:
+            self.pe = self.layer_pe[0]
+        known = ('nope', 'rope') if ',' in self.pe or any(self.layer_window) else ENCODINGS
+        if not set(self.layer_pe) <= set(known):
             raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
                              'only nope and rope differ by layer, or have a window')
-        if not 0 <= self.rope_fraction <= 1:
-            raise ValueError(f'rope_fraction {self.rope_fraction} must lie between 0 and 1')
-        if self.law not in LAWS:
-            raise ValueError(f'law={self.law!r} is unknown; one of {" ".join(LAWS)}')
-        if self.temperatures not in ('nope', 'all'):
-            raise ValueError(f'temperatures={self.temperatures!r} are those of the nope layers, or of all')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if self.n_head % self.n_kv_head:
@@ -108,6 +95,8 @@ class GPTConfig:
 def repeated(pattern, n):
     """'rope,rope,rope,nope' -> the word of each of n layers."""
     words = pattern.split(',')
+    if len(words) > n:
+        raise ValueError(f'{pattern} names {len(words)} layers of n_layer {n}')
     return [words[i % len(words)] for i in range(n)]
 
 
@@ -247,25 +236,13 @@ def growth(c, n):
     return (n / at).clamp(min=1).log()
 
 
-def band(pos, start, end, window):
-    """
-    Which keys the queries of a windowed layer see, (T, keys): those at most window - 1 tokens back. The keys are those
-    that its cache has kept, and the queries' own. None where plain causal attention does.
-    """
-    first = max(0, start - window + 1)
-    if end - first <= window and (start == 0 or end - start == 1):
-        return None
-    back = pos[:, None] - torch.arange(first, end, device=pos.device)
-    # right on every device, and fused. But a kernel that takes a mask computes what it hides as well: a window saves
-    # memory in the cache and no time, and costs T x T numbers, once for all rows and heads of a layer
-    return (back >= 0) & (back < window)
-
-
-def attend(q, k, v, mask=None):
+def attend(q, k, v, mask=None, window=0):
     """
     Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
     or bool or a bias that broadcasts to (B, nh, T, n) -> (B, nh, T, hs). What hardware asks for stands here alone.
     """
+    if window:                                       # instead of the mask
+        return attend_window(q, k, v, window)
     T, groups = q.size(2), q.size(1) // k.size(1)
     if q.is_cuda and groups > 1 and (q.dtype == torch.float32 or mask is not None):
         # torch 2.11 on CUDA: flash takes neither fp32 nor a mask, and mem-efficient no grouped queries. Repeated keys
@@ -277,6 +254,30 @@ def attend(q, k, v, mask=None):
     with torch.autocast('cpu', enabled=False):       # in the precision that q came in
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                               enable_gqa=k.size(1) < q.size(1))
+
+
+def attend_window(q, k, v, window):
+    """
+    attend(), but a query sees `window` keys, itself included. k and v (B, nkv, n, hs) are those of the T queries and up
+    to window - 1 before. In blocks of queries, each beside all the keys that one of them sees: time and memory grow
+    with 2 T window, on every device, where one mask for all would cost more than attention without a window.
+    """
+    B, nh, T, hs = q.shape
+    before = k.size(2) - T
+    if k.size(2) <= window and (T == 1 or before == 0):
+        return attend(q, k, v)                       # nothing is too far
+    size = min(window, T)
+    blocks = math.ceil(T / size)
+    lacks, after = window - before, blocks * size - T
+    q = F.pad(q, (0, 0, 0, after)).view(B, nh, blocks, size, hs).transpose(1, 2).flatten(0, 1)
+    k = F.pad(k, (0, 0, lacks, after)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    v = F.pad(v, (0, 0, lacks, after)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    i = torch.arange(size, device=q.device)[:, None]
+    j = torch.arange(window + size, device=q.device)             # key i + window is query i's own
+    real = torch.arange(blocks, device=q.device)[:, None, None] * size + j >= lacks
+    mask = (i < j) & (j <= i + window) & real        # (blocks, size, window + size)
+    y = attend(q, k, v, mask.repeat(B, 1, 1)[:, None])           # (B blocks, nh, size, hs)
+    return y.view(B, blocks, nh, size, hs).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def slow_in_bf16(q):
@@ -314,7 +315,7 @@ class Attention(nn.Module):
         if self.qk_norm:                             # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        q = q * self.temperature(log_n)            # by 1.0 it is the identity, bit for bit
+        q = q * self.temperature(log_n)              # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
     def temperature(self, log_n):
@@ -330,7 +331,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope, log_n)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, self.window)
-        y = attend(q, k, v, mask)                    # (B, nh, T, hs)
+        y = attend(q, k, v, mask, self.window)       # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -397,9 +398,9 @@ class GPT(nn.Module):
     def reset_temperatures(self):
         """1 for every head; where scalable softmax learns them, ln n / ln block_size to begin with."""
         c = self.config
+        start = 1 / math.log(max(2, c.block_size))
         for layer, block in enumerate(self.blocks):
             learned = c.law == 'ssmax' and layer in c.tempered
-            start = 1 / math.log(max(2, c.block_size))
             block.attn.scale.data = torch.full_like(block.attn.scale, 0.0 if learned else 1.0)
             block.attn.slope.data = torch.full_like(block.attn.slope, start if learned else 0.0)
             block.attn.slope.requires_grad = learned
@@ -426,10 +427,7 @@ class GPT(nn.Module):
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
         rope = self.rotation(pos)
-        masks = {0: self.mask(pos, start, end)}
-        for window in c.layer_window:
-            if window not in masks:
-                masks[window] = band(pos, start, end, window)
+        mask = self.mask(pos, start, end)
         n = pos + 1
         if c.law == 'length':                        # of the sequence, which a decoder may know beforehand
             n = n[-1:]
@@ -437,7 +435,6 @@ class GPT(nn.Module):
                 n = n.clamp(min=cache.length)
         log_n = growth(c, n)                         # (1,) or (T,)
         for block in self.blocks:
-            mask = masks[block.attn.window]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, log_n, mask, use_reentrant=False)
             else:

@@ -402,7 +402,7 @@ def in_transformers(file, ckpt, model, env):
     c = model.config
     if c.qk_norm:
         # convert.py does not export it. Qwen3 has it, with a gain (1 here), and RoPE (none where its frequencies are 0)
-        other = c.rope_fraction < 1 or c.window != '0'
+        other = c.rope_fraction < 1 or any(c.layer_window)
         extended = c.rope_inv_freq or other or (extend.heads(model) != 1).any() or extend.heads(model, 'slope').any()
         if c.pe not in ('nope', 'rope') or extended:
             fail(f'{file}: with QK-norm, transformers knows only nope and rope, not extended')
