@@ -20,15 +20,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from data.positions import alibi_slopes, band, growth, rope_frequencies, rotate, sinusoid, t5_bucket
+from data.kernels import DECODING, attend, slow_in_bf16
+from data.positions import alibi_slopes, growth, rope_frequencies, rotate, sinusoid, t5_bucket
 
-# cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
-DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
-LAWS = ('length', 'logn', 'llama4', 'swan', 'ssmax')         # of a temperature, see growth()
 
 
 @dataclass
@@ -61,24 +59,12 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         self.window = str(self.window)
-        for name in ('pe', 'window'):
-            words = getattr(self, name).split(',')
-            if len(words) > self.n_layer:
-                raise ValueError(f'{name}={getattr(self, name)} names {len(words)} layers of n_layer {self.n_layer}')
-            if len(set(words)) == 1:
-                setattr(self, name, words[0])
-        if not all(word.isdigit() for word in self.window.split(',')):
-            raise ValueError(f'window={self.window!r} must be tokens, 0 for all, or a pattern of them: 64,64,64,0')
-        plain = ',' not in self.pe and self.window == '0'
-        if not set(self.layer_pe) <= set(ENCODINGS if plain else ('nope', 'rope')):
+        if len(set(self.layer_pe)) == 1:
+            self.pe = self.layer_pe[0]
+        known = ('nope', 'rope') if ',' in self.pe or any(self.layer_window) else ENCODINGS
+        if not set(self.layer_pe) <= set(known):
             raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
                              'only nope and rope differ by layer, or have a window')
-        if not 0 <= self.rope_fraction <= 1:
-            raise ValueError(f'rope_fraction {self.rope_fraction} must lie between 0 and 1')
-        if self.law not in LAWS:
-            raise ValueError(f'law={self.law!r} is unknown; one of {" ".join(LAWS)}')
-        if self.temperatures not in ('nope', 'all'):
-            raise ValueError(f'temperatures={self.temperatures!r} are those of the nope layers, or of all')
         if self.qk_norm not in (False, True, 'full'):
             raise ValueError(f'qk_norm={self.qk_norm!r} is unknown: False, True or full')
         if self.n_embd % self.n_head:
@@ -114,6 +100,8 @@ class GPTConfig:
 def repeated(pattern, n):
     """'rope,rope,rope,nope' -> the word of each of n layers."""
     words = pattern.split(',')
+    if len(words) > n:
+        raise ValueError(f'{pattern} names {len(words)} layers of n_layer {n}')
     return [words[i % len(words)] for i in range(n)]
 
 
@@ -163,29 +151,6 @@ class KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
-def attend(q, k, v, mask=None):
-    """
-    Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
-    or bool or a bias that broadcasts to (B, nh, T, n) -> (B, nh, T, hs). What hardware asks for stands here alone.
-    """
-    T, groups = q.size(2), q.size(1) // k.size(1)
-    if q.is_cuda and groups > 1 and (q.dtype == torch.float32 or mask is not None):
-        # torch 2.11 on CUDA: flash takes neither fp32 nor a mask, and mem-efficient no grouped queries. Repeated keys
-        # keep this off the slow path that writes all scores to memory
-        k = k.repeat_interleave(groups, dim=1)
-        v = v.repeat_interleave(groups, dim=1)
-    if mask is not None and mask.is_floating_point():
-        mask = mask.type_as(q)
-    with torch.autocast('cpu', enabled=False):       # in the precision that q came in
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                              enable_gqa=k.size(1) < q.size(1))
-
-
-def slow_in_bf16(q):
-    """Backward through torch's CPU kernel in bf16 takes up to three times as long as in fp32 where rows are short."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and q.size(2) < 512 and torch.is_grad_enabled()
-
-
 class Attention(nn.Module):
 
     def __init__(self, c, layer):
@@ -223,7 +188,7 @@ class Attention(nn.Module):
         if self.norm_in_heads:                       # before the rotation would be the same: it keeps lengths
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        q = q * self.temperature(log_n)            # by 1.0 it is the identity, bit for bit
+        q = q * self.temperature(log_n)              # by 1.0 it is the identity, bit for bit
         return q.type_as(v), k.type_as(v), v
 
     def temperature(self, log_n):
@@ -239,7 +204,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope, log_n)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, self.window)
-        y = attend(q, k, v, mask)                    # (B, nh, T, hs)
+        y = attend(q, k, v, mask, self.window)       # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -308,9 +273,9 @@ class GPT(nn.Module):
     def reset_temperatures(self):
         """1 for every head; where scalable softmax learns them, ln n / ln block_size to begin with."""
         c = self.config
+        start = 1 / math.log(max(2, c.block_size))
         for layer, block in enumerate(self.blocks):
             learned = c.law == 'ssmax' and layer in c.tempered
-            start = 1 / math.log(max(2, c.block_size))
             block.attn.scale.data = torch.full_like(block.attn.scale, 0.0 if learned else 1.0)
             block.attn.slope.data = torch.full_like(block.attn.slope, start if learned else 0.0)
             block.attn.slope.requires_grad = learned
@@ -337,10 +302,7 @@ class GPT(nn.Module):
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)
         rope = self.rotation(pos)
-        masks = {0: self.mask(pos, start, end)}
-        for window in c.layer_window:
-            if window not in masks:
-                masks[window] = band(pos, start, end, window)
+        mask = self.mask(pos, start, end)
         n = pos + 1
         if c.law == 'length':                        # of the sequence, which a decoder may know beforehand
             n = n[-1:]
@@ -348,7 +310,6 @@ class GPT(nn.Module):
                 n = n.clamp(min=cache.length)
         log_n = growth(c, n)                         # (1,) or (T,)
         for block in self.blocks:
-            mask = masks[block.attn.window]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, log_n, mask, use_reentrant=False)
             else:

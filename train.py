@@ -67,7 +67,13 @@ RECIPES = dict(
 
 def encodings(text):
     if not set(text.split(',')) <= set(ENCODINGS):
-        raise argparse.ArgumentTypeError(f'{text} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
+        raise argparse.ArgumentTypeError(f'{text!r} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
+    return text
+
+
+def windows(text):
+    for word in text.split(','):
+        natural(word)
     return text
 
 
@@ -85,8 +91,8 @@ def parse_args(argv=None):
     p.add_argument('--preset', choices=PRESETS, help='shape and recipe (default tiny, or the checkpoint\'s)')
     p.add_argument('--pe', type=encodings, help=f'position encoding (default nope): {" ".join(ENCODINGS)}; or a '
                    'pattern of nope and rope that repeats over the layers: rope,rope,rope,nope')
-    p.add_argument('--window', help='tokens that a layer sees, itself included, 0 for all (default); or a pattern as '
-                   'for --pe: 64,64,64,0')
+    p.add_argument('--window', type=windows, help='tokens that a layer sees, itself included, 0 for all '
+                   '(default); or a pattern as for --pe: 64,64,64,0')
     p.add_argument('--qk_norm', nargs='?', const=True, choices=('full',), help='normalise q and k in each head; '
                    'full: over all heads together, with learned gains')
     p.add_argument('--no-qk_norm', dest='qk_norm', action='store_false', default=None)

@@ -158,7 +158,11 @@ def entropies(model, docs, T, env, samples=4):
 
     def look(attn, x, given):
         q, k, _ = attn.qkv(*x, given['rope'], given['log_n'])
-        found.append(attention_entropy(q, k, bias=given['mask']))
+        mask = given['mask']
+        if attn.window:
+            pos = torch.arange(q.size(2), device=q.device)
+            mask = pos[:, None] - pos < attn.window
+        found.append(attention_entropy(q, k, bias=mask))
 
     own = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)
     began = time.time()

@@ -1,6 +1,6 @@
 """
-How positions come in, as formulas that model.py uses: the encodings of pe=, the windows of layers, RoPE's frequencies
-and their stretched forms, and the laws by which a temperature grows. c is a GPTConfig, hs its head size.
+How positions come in, as formulas that model.py uses: the encodings of pe=, RoPE's frequencies and their
+stretched forms, and the laws by which a temperature grows. c is a GPTConfig, hs its head size.
 """
 import math
 
@@ -84,21 +84,7 @@ def alibi_slopes(n_head):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# windows, and temperatures
-
-def band(pos, start, end, window):
-    """
-    Which keys the queries of a windowed layer see, (T, keys): those at most window - 1 tokens back. The keys are those
-    that its cache has kept, and the queries' own. None where plain causal attention does.
-    """
-    first = max(0, start - window + 1)
-    if end - first <= window and (start == 0 or end - start == 1):
-        return None
-    back = pos[:, None] - torch.arange(first, end, device=pos.device)
-    # right on every device, and fused. But a kernel that takes a mask computes what it hides as well: a window saves
-    # memory in the cache and no time, and costs T x T numbers, once for all rows and heads of a layer
-    return (back >= 0) & (back < window)
-
+# temperatures
 
 def growth(c, n):
     """

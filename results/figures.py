@@ -77,6 +77,16 @@ def table(lines, names, lengths, L):
     return '\n\n'.join(parts)
 
 
+def table_of_caches(plan):
+    """What decoding holds at the longest length, in fp32: of each run once."""
+    n = plan.lengths[-1]
+    runs = {row.run: row for row in reversed(plan.rows)}
+    rows = []
+    for row in reversed(runs.values()):
+        rows.append([row.name, f'{4 * plan.cached_numbers(row, n) / 1e3:,.0f}'])
+    return markdown([f'cache after {n:,} tokens', 'kB'], rows)
+
+
 def table_of_runs(lines, names, lengths, L):
     """Does the claim hold everywhere? Passkey accuracy of each run, and the worst of all."""
     rows = []
@@ -135,7 +145,7 @@ def draw(plan, lines, seed, machine, file):
         plot_headline(plan, lines, seed, machine, file)
         plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
         return
-    groups = GROUPS if plan.table == 'encodings' else {'': [row.name for row in shown_rows(plan)]}
+    groups = GROUPS.get(plan.table) or {'': [row.name for row in shown_rows(plan)]}
     plot_table(lines, groups, plan.lengths, plan.L, file)
     plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
     plot_heat_maps(plan, seed, machine, f'{base}-passkey{extension}')

@@ -11,6 +11,7 @@ import torch
 
 from data.checkpoint import find_checkpoint, load_checkpoint, stem
 from data.figures import read_csv
+from model import PRESETS, GPTConfig
 from results.stages import Command, Stage, flags
 from results.tables import SCALES, TABLES
 
@@ -54,8 +55,8 @@ class Plan:
         self.dtype, self.processes = settings['dtype'], settings['processes']
         self.about, self.seconds = settings.get('about'), settings.get('seconds')
         self.csv = f'{self.out}/table.csv' if table == 'headline' else f'results/{scale}.csv'
-        if table == 'encodings':
-            self.csv = f'results/{scale}-encodings.csv'
+        if table in ('encodings', 'layers'):
+            self.csv = f'results/{scale}-{table}.csv'
         if synthetic:
             self.measured_on = settings['measured_on']
             self.corpora = self.synthetic_corpora(settings)
@@ -218,13 +219,18 @@ class Plan:
             ckpts = {base: [n for n in lengths if n <= self.L]}
             for n in lengths:
                 if n > self.L:
-                    ckpts[f'{folder}/{row.method}-{n}.pt'] = [n]
+                    ckpts[self.extended_file(row, seed, machine, n)] = [n]
             return ckpts
         if row.train_on:
             return {f'{folder}/on': lengths}
         if row.method:
-            return {f'{folder}/{row.method}-{self.extended_length(row)}.pt': lengths}
+            return {self.extended_file(row, seed, machine): lengths}
         return {base: lengths}
+
+    def extended_file(self, row, seed, machine, length=None):
+        """What extend.py writes: uniform-2048.pt, uniform-logn-2048.pt."""
+        words = filter(None, (row.method, row.options.get('law'), str(length or self.extended_length(row))))
+        return f'{self.row_folder(row, seed, machine)}/{"-".join(words)}.pt'
 
     def row_stage(self, row, seed, machine):
         """Extends and measures a row of a seed."""
@@ -242,7 +248,7 @@ class Plan:
         elif row.method:
             extend(self.extend_options(row))
         if row.train_on:
-            start = f'{folder}/{row.method}-{self.extended_length(row)}.pt'
+            start = self.extended_file(row, seed, machine)
             where = dict(init_from=start, data=self.data(row.corpus), seed=seed, resume=True, out=f'{folder}/on')
             commands.append(self.command('train.py', where | self.train_on_options(row, machine)))
         for ckpt, lengths in self.checkpoints(row, seed, machine).items():
@@ -267,6 +273,15 @@ class Plan:
         if row.train_on:                             # twice the tokens of a step, four times as long rows
             seconds += row.train_on['steps'] * 3 * self.seconds['step']
         return seconds
+
+    def cached_numbers(self, row, n):
+        """What the cache holds after n tokens: keys and values of a layer's window, where it has one."""
+        options = dict(PRESETS[self.preset])
+        for name in self.chain(row.run):
+            options |= self.train_options(name, Machine('auto'))
+        c = GPTConfig(**{name: options[name] for name in GPTConfig.__dataclass_fields__ if name in options})
+        held = sum(min(n, window - 1) if window else n for window in c.layer_window)
+        return 2 * c.n_kv_head * c.head_size * held
 
     # ------------------------------------------------------------------------------------------------------------
     # collecting
@@ -299,7 +314,7 @@ class Plan:
             lengths = [self.extended_length(row)]
         tokens = seconds = 0
         for n in lengths:
-            extended = load_checkpoint(f'{folder}/{row.method}-{n}.pt')['extended']
+            extended = load_checkpoint(self.extended_file(row, seed, machine, n))['extended']
             tokens += extended['tokens']
             seconds += extended['seconds']
         if row.train_on:

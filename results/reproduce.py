@@ -7,6 +7,7 @@ there already is not run again, so a sweep that was stopped goes on where it was
     python -m results.reproduce --scale tiny --seeds 1,2,3,4,5 --dtype bf16,fp32 --csv results/headline.csv
     python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table ablations     # results/tiny.csv
     python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table encodings     # tiny-encodings.csv
+    python -m results.reproduce --scale tiny --seeds 1,2,3 --dtype fp32 --table layers        # tiny-layers.csv
     python -m results.reproduce --scale small --text ~/books       # one GPU; without --text FineWeb-Edu and PG19
     python -m results.reproduce --scale paper                      # eight GPUs, days
 
@@ -41,7 +42,8 @@ def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('--scale', default='tiny', help=' '.join(SCALES))
     p.add_argument('--table', choices=TABLES, default='headline',
-                   help='ablations: what takes the method apart, too; encodings: every encoding, every extension')
+                   help='ablations: what takes the method apart, too; encodings: every encoding, every extension; '
+                   'layers: encodings and windows that differ by layer')
     p.add_argument('--seeds', type=int_list, default=[1])
     p.add_argument('--dtype', type=dtype_list, default=['auto'],
                    help='of training, one or several. Scales toy and tiny extend and measure in fp32')
@@ -55,7 +57,7 @@ def parse_args(argv=None):
                    'matplotlib is installed)')
     p.add_argument('--no_run', action='store_true', help='run nothing: table and figures of what the csv has')
     p.add_argument('--csv', help='where the rows go (default: headline OUT/SCALE/table.csv, ablations '
-                   'results/SCALE.csv, encodings results/SCALE-encodings.csv)')
+                   'results/SCALE.csv, encodings and layers results/SCALE-TABLE.csv)')
     args = p.parse_args(argv)
     if args.scale not in SCALES:
         fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
@@ -152,6 +154,8 @@ def main(argv=None):
         fail(f'{file} has no row of these seeds and this --dtype: leave out --no_run')
     figures.print_heat_maps(plan, args.seeds[0], machines[0])
     print('\n' + figures.table(shown, plan.names, plan.lengths, plan.L))
+    if args.table == 'layers':
+        print('\n' + figures.table_of_caches(plan))
     if len(runs) > 1 and args.table == 'headline':
         print('\n' + figures.table_of_runs(shown, plan.names, plan.lengths, plan.L))
     figures.draw(plan, shown, args.seeds[0], machines[0], args.plot)

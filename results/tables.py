@@ -132,8 +132,42 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('DroPE uniform, no QK-norm', 'drope-no-qk-norm', 'uniform'),
 ]
 
-# the columns of the encodings' figure
-GROUPS = {
+# layers that differ, and the temperatures that others publish. A window is a quarter of the training length; the
+# pattern is written for four layers at every scale
+MIXED = dict(pe='rope,rope,rope,nope', n_layer=4, steps=1600)
+RUNS['mixed'] = Run(MIXED)
+RUNS['windowed'] = Run(MIXED | dict(window='64,64,64,0'))
+RUNS['ssmax'] = Run(dict(pe='nope', steps=1600, scalable_softmax=True))
+RUNS['ssmax-swapped'] = Run(WITHOUT_ROPE | dict(scalable_softmax=True), start='nope')
+RUNS['p-rope'] = Run(dict(pe='rope', steps=1600, rope_fraction=0.75))
+
+LAYERS = [
+    Row('NoPE', 'nope'),
+    Row('NoPE LogN', 'nope', 'uniform', dict(law='logn')),
+    Row('NoPE head', 'nope', 'head'),
+    Row('RoPE', 'rope'),
+    Row('RoPE LogN', 'rope', 'uniform', dict(law='logn')),
+    # SmolLM3; Llama 4
+    Row('RoPE+NoPE', 'mixed'),
+    Row('RoPE+NoPE Llama 4', 'mixed', 'uniform', dict(law='llama4')),
+    Row('RoPE+NoPE head', 'mixed', 'head'),
+    # RNoPE-SWA; SWAN
+    Row('windowed RoPE+NoPE', 'windowed'),
+    Row('windowed RoPE+NoPE SWAN', 'windowed', 'uniform', dict(law='swan')),
+    Row('windowed RoPE+NoPE head', 'windowed', 'head'),
+    Row('windowed RoPE+NoPE head, SWAN', 'windowed', 'head', dict(law='swan')),
+    Row('NoPE scalable softmax', 'ssmax'),
+    Row('NoPE scalable softmax, swapped in', 'ssmax-swapped'),
+    Row('p-RoPE', 'p-rope'),
+    Row('p-RoPE LogN', 'p-rope', 'uniform', dict(law='logn')),
+]
+
+# the columns of a table's figure
+GROUPS = dict(layers={
+    'layers of one kind': ['NoPE', 'NoPE LogN', 'NoPE head', 'RoPE', 'RoPE LogN'],
+    '3 RoPE : 1 NoPE': [row.name for row in LAYERS if row.run in ('mixed', 'windowed')],
+    'trained in': ['NoPE scalable softmax', 'NoPE scalable softmax, swapped in', 'p-RoPE', 'p-RoPE LogN'],
+}, encodings={
     'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE', 'T5, no QK-norm',
                            'ALiBi, no QK-norm'],
     'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform, at each length', 'NoPE uniform-log', 'NoPE head',
@@ -147,7 +181,7 @@ GROUPS = {
     'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log',
                           "DroPE, the authors' QK-norm", "DroPE uniform, the authors' QK-norm",
                           'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
-}
+})
 # the rows of every other figure
 SHOWN = ['NoPE', 'NoPE uniform', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform']
 
@@ -200,6 +234,7 @@ TABLES = dict(
     headline=TABLE | dict(rows=HEADLINE, passkey=dict(depths=10, trials=5), measure=dict(eval_tokens=4096, stride=128)),
     ablations=TABLE | dict(rows=ABLATIONS),
     encodings=TABLE | dict(rows=ENCODINGS_ROWS),
+    layers=TABLE | dict(rows=LAYERS),
 )
 
 # Seconds on 2 cores, about, two stages side by side with a thread each: what the sweep tells before each stage,

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
 from data.hf.convert import longest, special_ids
+from data.kernels import DECODING
 from data.runtime import fail, setup
-from model import DECODING, KVCache
+from model import KVCache
 
 try:
     from lm_eval import utils
