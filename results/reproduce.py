@@ -158,6 +158,7 @@ def main(argv=None):
         print('\n' + figures.table_of_caches(plan))
     if len(runs) > 1 and args.table == 'headline':
         print('\n' + figures.table_of_runs(shown, plan.names, plan.lengths, plan.L))
+    os.makedirs(plan.out, exist_ok=True)             # where the figure goes by default
     figures.draw(plan, shown, args.seeds[0], machines[0], args.plot)
     print(f'\n{file}; {time.time() - start:.0f} s')
 

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from data.checkpoint import load_checkpoint
 from data.figures import read_csv, write_csv
 from data.measure import perplexity
+from data.passkey.prompt import make_prompt
 from data.runtime import Env, fail, int_list, parser, positive_int
 from data.tokenizer import get_tokenizer
 from data.tokens import documents, open_data
-from eval_passkey import make_prompt, score
+from eval_passkey import score
 from results.stages import Command, run
 
 # what tunes sees so much text: a hundredth of what a GPU would take, enough to see where it leads
