@@ -40,17 +40,19 @@ from data.checkpoint import (
 )
 from data.extension import (
     Record,
+    as_trained,
     best_of,
     fit_micro_batch,
+    growth_at,
     heads,
     micro_batches,
     open_corpus,
     progress,
     set_heads,
+    set_law,
 )
 from data.figures import default_lengths, extension_tables, plot_extension, pyplot
 from data.measure import choose_windows, long_enough, measure, measure_base, write_measured
-from data.positions import growth
 from data.rope import longrope, ntk_grid, stretch
 from data.runtime import (
     check_fused,
@@ -71,25 +73,6 @@ from data.runtime import (
 )
 from data.tokenizer import keep_files
 from data.tokens import documents, open_data
-
-
-def set_law(model, law, at):
-    """A law (see growth) in units of `at` tokens, with the slope that it was published with, for all heads."""
-    model.config.law, model.config.law_at = law, at
-    slope = dict(logn=1 / math.log(at), llama4=0.1, swan=1 / math.log(at))[law]
-    set_heads(model, slope, 'slope')
-
-
-def focus(temperatures, least):
-    """The focus constraint (Wang et al. 2024, eq. 6): attention may be sharper than it was trained, never flatter."""
-    for each in temperatures:
-        each.data.clamp_(min=least)
-
-
-def growth_at(model, length):
-    """What slopes multiply in the last of `length` tokens."""
-    return growth(model.config, torch.tensor([length])).item()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper: sharper attention. Each method is a function (model, corpus, args, env) -> Record, and changes the model
@@ -130,6 +113,12 @@ def head(model, corpus, args, env):
     for row in lam.tolist():
         env.print('  ' + ' '.join(f'{lam:5.2f}' for lam in row))
     return record._replace(losses=losses, batches=record.batches + args.steps)
+
+
+def focus(temperatures, least):
+    """The focus constraint (Wang et al. 2024, eq. 6): attention may be sharper than it was trained, never flatter."""
+    for each in temperatures:
+        each.data.clamp_(min=least)
 
 
 def tune(model, corpus, args, env):
@@ -358,11 +347,6 @@ def check(args, model, env):
     if args.method.endswith('-log') and args.length <= L:
         fail(f'--method {args.method} changes what lies past the training length {L}: '
              f'--length {args.length} must be longer')
-
-
-def as_trained(model):
-    """No temperature and no frequency is another than in training."""
-    return bool((heads(model) == 1).all()) and not heads(model, 'slope').any() and not model.config.rope_inv_freq
 
 
 def main(argv=None):

@@ -1,12 +1,14 @@
 """
 What the methods of extend.py share: the temperatures of a model, the corpus that they read, the loss that they go by.
 """
+import math
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from data.positions import growth
 from data.runtime import memory
 from data.tokens import describe_rows, get_batch, open_data, open_rows
 
@@ -36,6 +38,23 @@ def set_heads(model, value, what='scale'):
     rows = torch.as_tensor(value, dtype=torch.float32).expand(shape)
     for layer in model.config.tempered:
         getattr(model.blocks[layer].attn, what).data.copy_(rows[layer])
+
+
+def set_law(model, law, at):
+    """A law (see growth) in units of `at` tokens, with the slope that it was published with, for all heads."""
+    model.config.law, model.config.law_at = law, at
+    slope = dict(logn=1 / math.log(at), llama4=0.1, swan=1 / math.log(at))[law]
+    set_heads(model, slope, 'slope')
+
+
+def growth_at(model, length):
+    """What slopes multiply in the last of `length` tokens."""
+    return growth(model.config, torch.tensor([length])).item()
+
+
+def as_trained(model):
+    """No temperature and no frequency is another than in training."""
+    return bool((heads(model) == 1).all()) and not heads(model, 'slope').any() and not model.config.rope_inv_freq
 
 
 def best_of(values, use, what, model, corpus, args, env):
