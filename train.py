@@ -25,7 +25,17 @@ import torch
 
 from data.checkpoint import check_fits, lock, preflight, save_checkpoint
 from data.log import Log
-from data.run import build_model, check_machine, check_resume, halvings, open_checkpoints, resolve, split_batch
+from data.run import (
+    build_model,
+    check_machine,
+    check_resume,
+    encodings,
+    halvings,
+    open_checkpoints,
+    resolve,
+    split_batch,
+    windows,
+)
 from data.runtime import (
     accumulating,
     check_fused,
@@ -63,18 +73,6 @@ RECIPES = dict(
     finetune=dict(steps=400, batch_tokens=2**16, eval_tokens=2**14, micro_batch=1, rows='anywhere',
                   optimizer='adamw', lr=2e-5, muon_lr=2e-5, warmup=20),
 )
-
-
-def encodings(text):
-    if not set(text.split(',')) <= set(ENCODINGS):
-        raise argparse.ArgumentTypeError(f'{text!r} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
-    return text
-
-
-def windows(text):
-    for word in text.split(','):
-        natural(word)
-    return text
 
 
 def parse_args(argv=None):

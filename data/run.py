@@ -7,9 +7,21 @@ import math
 from dataclasses import asdict
 
 from data.checkpoint import find_checkpoint, load_checkpoint, load_model, padded, preflight
-from data.runtime import fail, memory
+from data.runtime import fail, memory, natural
 from data.tokens import random_vocab
-from model import GPT, PRESETS, GPTConfig
+from model import ENCODINGS, GPT, PRESETS, GPTConfig
+
+
+def encodings(text):
+    if not set(text.split(',')) <= set(ENCODINGS):
+        raise argparse.ArgumentTypeError(f'{text!r} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
+    return text
+
+
+def windows(text):
+    for word in text.split(','):
+        natural(word)
+    return text
 
 
 def open_checkpoints(args):
