@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= .venv/bin/python
 PIP = $(PYTHON) -m pip install -q --disable-pip-version-check
 SWEEP = $(PYTHON) -m results.reproduce
-.PHONY: help reproduce demo table ablations encodings figure smollm2 test test-all lint
+.PHONY: help reproduce demo table ablations encodings layers figure smollm2 test test-all lint
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/ /'
@@ -35,6 +35,9 @@ ablations: $(VENV)  ## three seeds of what takes the method apart: results/tiny.
 
 encodings: $(VENV)  ## three seeds of every encoding and extension, hours: results/tiny-encodings.csv
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings
+
+layers: $(VENV)     ## three seeds of layers that differ and of published temperature laws: results/tiny-layers.csv
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table layers
 
 figure: $(VENV)     ## the figures of those tables, results/*.png
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table ablations --plot results/tiny.png --no_run

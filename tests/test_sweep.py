@@ -169,16 +169,21 @@ def test_the_scale_of_the_paper_takes_eight_gpus_and_shows_its_commands(tmp_path
     assert 'extend.py' in said
 
 
+# of each table one row of a kind: an encoding, a table that ends, each length its own NTK, training on, DroPE
+SOME_ROWS = dict(
+    encodings=['NoPE head-log', 'NoPE uniform, at each length', 'learned', 'ALiBi', 'RoPE dynamic NTK',
+               'RoPE PI, trained on', 'DroPE uniform', "DroPE, the authors' QK-norm"],
+    layers=['RoPE+NoPE Llama 4', 'windowed RoPE+NoPE head, SWAN', 'NoPE scalable softmax, swapped in', 'p-RoPE LogN'])
+
+
 @pytest.mark.slow
-def test_the_table_of_encodings(tmp_path, in_process, monkeypatch):
-    """One row of each kind: an encoding, a table that ends, each length its own NTK, training on, DroPE."""
-    names = ('NoPE head-log', 'NoPE uniform, at each length', 'learned', 'ALiBi', 'RoPE dynamic NTK',
-             'RoPE PI, trained on', 'DroPE uniform', "DroPE, the authors' QK-norm")
-    kept = [row for row in tables.TABLES['encodings']['rows'] if row.name in names]
-    monkeypatch.setitem(tables.TABLES['encodings'], 'rows', kept)
-    flags = f'--scale toy --table encodings --out {tmp_path} --csv {tmp_path}/rows.csv'
+@pytest.mark.parametrize('table', SOME_ROWS)
+def test_the_other_tables(table, tmp_path, in_process, monkeypatch):
+    kept = [row for row in tables.TABLES[table]['rows'] if row.name in SOME_ROWS[table]]
+    monkeypatch.setitem(tables.TABLES[table], 'rows', kept)
+    flags = f'--scale toy --table {table} --out {tmp_path} --csv {tmp_path}/rows.csv'
     said = run(reproduce, flags)
-    plan = Plan('toy', 'encodings', str(tmp_path))
+    plan = Plan('toy', table, str(tmp_path))
     lines = read_csv(f'{tmp_path}/rows.csv')
     assert [(line['row'], int(line['length'])) for line in lines] == [
         (r.name, n) for r in kept for n in plan.row_lengths(r)
