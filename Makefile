@@ -9,7 +9,7 @@ SWEEP = $(PYTHON) -m results.reproduce
 .PHONY: help reproduce demo table ablations encodings layers figure smollm2 test test-all lint
 
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/ /'
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:[^#]*##/ /'
 
 ifeq ($(PYTHON),.venv/bin/python)
 VENV = .venv/installed

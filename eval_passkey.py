@@ -9,9 +9,9 @@ template, the grid and the exact-match rule of Wang et al. 2024).
 Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
 greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
 tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
-Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out), a row a trial, batch by batch (.passkey.json says
-of what; --resume goes on). Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would
-compile again.
+Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out): one row a trial, written anew after every batch.
+<checkpoint>.passkey.json keeps which checkpoint and flags it belongs to; --resume continues a file that matches.
+Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would compile again.
 """
 import os
 import time
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument('--out', help='folder of the csv (default: the checkpoint\'s)')
     p.add_argument('--tokenizer', help='gpt2, hf:DIR, ... (default: the checkpoint\'s, see data/README.md)')
     p.add_argument('--lengths', type=int_list, help='default 1/2 1 1.5 2 3 4 6 8 times the training length')
-    p.add_argument('--depths', type=positive_int, default=10, help='parts of the length to tell the key in (paper 10)')
+    p.add_argument('--depths', type=positive_int, default=10, help='at how many depths the key is told (paper 10)')
     p.add_argument('--trials', type=positive_int, default=10, help='keys for each length and depth (paper 10)')
     p.add_argument('--resume', action='store_true', help='go on with the csv that is there')
     p.add_argument('--decode', action='store_true', help='decode the answers token by token through the KV cache')

@@ -79,8 +79,9 @@ from data.tokens import documents, open_data
 
 def uniform(model, corpus, args, env):
     """
-    One temperature for all heads: of those on args.grid the one with the lowest loss in rows of args.length (sec. 3).
-    With args.law its published form instead, of which SWAN's leaves the unit free: then that is searched for.
+    One temperature for all heads: of those on args.grid the one with the lowest loss at the positions past the training
+    length, in rows of args.length (sec. 3; see best_of). With args.law the law as published instead. SWAN's has a free
+    unit; unless args.law_at gives it, the best one of a grid is taken.
     """
     if args.law is None:
         return best_of(args.grid, lambda lam: set_heads(model, lam), 'lambda', model, corpus, args, env)
@@ -111,7 +112,7 @@ def head(model, corpus, args, env):
     env.print(f'lambda of each head at {args.length} (a row a layer):')
     lam = heads(model) + heads(model, 'slope') * growth_at(model, args.length)
     for row in lam.tolist():
-        env.print('  ' + ' '.join(f'{lam:5.2f}' for lam in row))
+        env.print('  ' + ' '.join(f'{value:5.2f}' for value in row))
     return record._replace(losses=losses, batches=record.batches + args.steps)
 
 
@@ -126,7 +127,8 @@ def tune(model, corpus, args, env):
     The paper's tuning of the temperatures that the model has now (sec. 4, eq. 4 to 6, app. A): with everything else
     frozen, by the language-model loss at args.length. AdamW (0.9, 0.95) without decay, gradients clipped at norm 1,
     a warm-up over a tenth of the steps, then a cosine to a tenth of args.lr. Returns the loss of each step. Where the
-    model follows a law of the position, its slopes are tuned, in steps as long for the last token's temperature.
+    model follows a law of the position, slopes are tuned instead. Their learning rate is divided by growth(length), so
+    that a step moves the last token's temperature as far as it would without a law.
     """
     what, lr, least = 'scale', args.lr, 1.0
     if model.config.law != 'length':
@@ -169,8 +171,8 @@ def tune(model, corpus, args, env):
 
 def as_slopes(model, length):
     """
-    Reads the temperatures found at `length` as slopes, scale_h = 1 + slope_h ln(length / L): the same at that length,
-    none up to the training length L, where the model is unchanged bit for bit, and by the logarithm elsewhere.
+    Turns the temperatures found at `length` into slopes, lambda_h(n) = 1 + slope_h ln max(1, n / L), so that they stay
+    what they are at that length. Up to the training length L the model is as trained, bit for bit.
     """
     set_heads(model, (heads(model) - 1) / math.log(length / model.config.block_size), 'slope')
     set_heads(model, 1)

@@ -47,9 +47,9 @@ class GPTConfig:
     tie_embeddings: bool = False         # the head is the embedding's matrix (SmolLM, Gemma; TinyLlama has two)
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_fraction: float = 1.0   # p-RoPE: so many of the frequencies rotate, the highest ones (Barbero et al. 2025)
+    rope_fraction: float = 1.0   # p-RoPE: the share of frequencies that rotate, highest first (Barbero et al. 2024)
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
-    rope_start: int = 0          # LongRoPE's n-hat: so many first positions keep the frequencies of rope_theta
+    rope_start: int = 0          # LongRoPE's n-hat: the first positions keep the frequencies of rope_theta
     law: str = 'length'          # what the slopes of temperatures multiply, see growth()
     law_at: float = 0            # the tokens that a law measures in; 0 is block_size
     temperatures: str = 'nope'   # tuned in the NoPE layers of a mixed model (in a model of one kind in all), or 'all'
@@ -59,8 +59,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         self.window = str(self.window)
-        if len(set(self.layer_pe)) == 1:
+        if len(set(self.layer_pe)) == 1:             # 'nope,nope' is nope
             self.pe = self.layer_pe[0]
+        # what can be mixed or have a window needs nothing outside its own layer
         known = ('nope', 'rope') if ',' in self.pe or any(self.layer_window) else ENCODINGS
         if not set(self.layer_pe) <= set(known):
             raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
@@ -124,11 +125,14 @@ class KVCache:
 
     def __init__(self, length=0):
         self.kv = {}                                 # layer -> (2, B, nkv, capacity, hs)
-        self.len = 0                                 # tokens held
+        self.len = 0                                 # tokens seen; a layer with a window holds fewer
         self.length = length
 
     def update(self, layer, k, v, window=0):
-        """Appends k, v (B, nkv, T, hs) and returns all keys and values that were held, and these."""
+        """
+        Appends k, v (B, nkv, T, hs) and returns what these T queries need, (B, nkv, n, hs) each: all keys and values so
+        far, or with a window the last window - 1 of them and these.
+        """
         start, end = self.len, self.len + k.size(2)
         held = self.kv.get(layer)
         if window:
@@ -172,7 +176,7 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.empty(self.nh), requires_grad=False)
         self.slope = nn.Parameter(torch.empty(self.nh), requires_grad=False)
 
-    def qkv(self, x, rope, log_n):
+    def qkv(self, x, rope, grown):
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs): rotated, normalised, q times its temperature."""
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -185,23 +189,24 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         if self.pe == 'rope':
             q, k = rotate(q, rope), rotate(k, rope)
-        if self.norm_in_heads:                       # before the rotation would be the same: it keeps lengths
+        if self.norm_in_heads:                       # after or before the rotation: it changes no vector's norm
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        q = q * self.temperature(log_n)              # by 1.0 it is the identity, bit for bit
+        # a factor on q is one on all its scores q.k: here lambda enters. 1.0 changes nothing, bit for bit
+        q = q * self.temperature(grown)
         return q.type_as(v), k.type_as(v), v
 
-    def temperature(self, log_n):
-        """lambda_h = scale_h + slope_h growth(n), times the learned gain: (nh, 1 or T, 1), fp32."""
-        lam = self.scale[:, None] + self.slope[:, None] * log_n
+    def temperature(self, grown):
+        """lambda_h = scale_h + slope_h growth(n), and the gain of --qk_gain on top: (nh, 1 or T, 1), fp32."""
+        lam = self.scale[:, None] + self.slope[:, None] * grown
         if self.gain is not None:
             lam = lam * self.gain[:, None]
         return lam[:, :, None]
 
-    def forward(self, x, rope, log_n, mask=None, cache=None):
+    def forward(self, x, rope, grown, mask=None, cache=None):
         """x (B, T, C) -> (B, T, C). rope, mask: see GPT.rotation, GPT.mask."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x, rope, log_n)
+        q, k, v = self.qkv(x, rope, grown)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, self.window)
         y = attend(q, k, v, mask, self.window)       # (B, nh, T, hs)
@@ -229,8 +234,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, log_n, mask=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope=rope, log_n=log_n, mask=mask, cache=cache)
+    def forward(self, x, rope, grown, mask=None, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope=rope, grown=grown, mask=mask, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -249,6 +254,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        # tables are named pos_, since they come and go with pe; buffers are real even where weights are only shapes
         if c.pe == 'learned':
             self.pos_embed = nn.Embedding(c.block_size, c.n_embd)
         elif c.pe == 't5':
@@ -304,16 +310,16 @@ class GPT(nn.Module):
         rope = self.rotation(pos)
         mask = self.mask(pos, start, end)
         n = pos + 1
-        if c.law == 'length':                        # of the sequence, which a decoder may know beforehand
+        if c.law == 'length':                        # one n for all; a decoder may know its final length
             n = n[-1:]
             if cache is not None:
                 n = n.clamp(min=cache.length)
-        log_n = growth(c, n)                         # (1,) or (T,)
+        grown = growth(c, n)                         # (1,) or (T,): what slopes multiply
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, log_n, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, grown, mask, use_reentrant=False)
             else:
-                x = block(x, rope, log_n, mask, cache)
+                x = block(x, rope, grown, mask, cache)
         if cache is not None:
             cache.len = end
         if rows is not None:
@@ -334,7 +340,8 @@ class GPT(nn.Module):
     def mask(self, pos, start, end):
         """
         What is added to the scores, after the temperature: the bias of t5 and alibi, (1, nh, T, end). Where a chunk of
-        tokens follows cached keys, which keys each may see, (T, end). None where plain causal attention does.
+        tokens follows cached keys, which keys each may see, (T, end). None if plain causal attention will do. A layer
+        with a window needs none of it, see data/kernels.py.
         """
         if self.config.pe in ('t5', 'alibi'):
             back = pos[:, None] - torch.arange(end, device=pos.device)       # how far back each key lies, in tokens

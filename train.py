@@ -224,7 +224,7 @@ def main(argv=None):
         for i, (x, y) in enumerate(bar):
             if i > 0 and stop.signal and env.world == 1:
                 bar.close()
-                leave(stop.signal, save, step, run, env)             # --resume makes the unfinished step again
+                leave(stop.signal, save, step, run, env)             # --resume repeats the unfinished step
             with accumulating(model, i == len(batch) - 1):
                 with env.autocast():
                     loss = model(x, y)[1] / len(batch)
@@ -233,7 +233,7 @@ def main(argv=None):
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         batch = next_batch(step + 1)                 # while the GPU works
 
-        # every process learns each one's loss and wish to stop before the update, so that all decide alike
+        # before the update all processes learn every one's loss, gradient norm and signal, so that all decide alike
         status = torch.zeros(env.world, 3, device=env.device)
         status[env.rank] = torch.stack((loss_sum, norm, torch.tensor(float(stop.signal), device=env.device)))
         losses, norms, signals = env.sum(status).cpu().T
@@ -285,8 +285,8 @@ def row_length(step, run):
 @torch.no_grad()
 def validate(model, data, bos, run, env, docs, log, stop):
     """
-    Mean loss in nats over fixed, evenly spaced rows, shared out to all processes. None where a process that is alone
-    has heard a signal.
+    Mean loss in nats over fixed, evenly spaced rows, split over the processes. None if a signal came meanwhile (to a
+    single process only; several would have to agree first).
     """
     T = run.length
     own = spaced_rows(data, T, run.eval_tokens, docs)[env.rank::env.world]

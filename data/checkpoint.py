@@ -19,7 +19,7 @@ from model import GPT, GPTConfig, init_std
 
 def save_checkpoint(path, ckpt):
     """
-    All or nothing: written beside, flushed to the disk, then renamed; the one before stays as *.prev.pt.
+    A kill loses nothing: written beside, flushed to the disk, then renamed; the one before stays as *.prev.pt.
     Ends with one line if the disk is full or the folder cannot be written; the old checkpoint is still there then.
     """
     tmp = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.tmp')
@@ -45,7 +45,7 @@ def find_checkpoint(path):
     path = os.fspath(path)
     if not os.path.isdir(path):
         return path if os.path.exists(path) else None
-    # a kill between the two renames of a save leaves the second
+    # a kill between the two renames of a save leaves only ckpt.prev.pt
     for file in f'{path}/ckpt.pt', f'{path}/ckpt.prev.pt':
         if os.path.exists(file):
             return file

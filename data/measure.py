@@ -157,7 +157,7 @@ def entropies(model, docs, T, env, samples=4):
     found = []
 
     def look(attn, x, given):
-        q, k, _ = attn.qkv(*x, given['rope'], given['log_n'])
+        q, k, _ = attn.qkv(*x, given['rope'], given['grown'])
         mask = given['mask']
         if attn.window:
             pos = torch.arange(q.size(2), device=q.device)

@@ -70,7 +70,7 @@ def test_a_command_with_a_wrong_flag_is_not(file, script, flags):
 
 
 def targets():
-    return {target for file, text in texts() for target in re.findall(r'`make ([a-z][a-z-]*)', text)}
+    return {target for file, text in texts() for target in re.findall(r'`make ([a-z][a-z0-9-]*)', text)}
 
 
 @pytest.mark.parametrize('target', sorted(targets()))
