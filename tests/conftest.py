@@ -13,12 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import train
 from data.checkpoint import load_checkpoint
@@ -142,6 +144,7 @@ def start(script, *flags, log, world=1, step=None, act=None):
 
 def child(script, words, log, env, step, act):
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                 # its own is a semaphore, which who becomes nobody cannot remove
     os.environ.update(env)
     with open(log, 'w') as f:
         os.dup2(f.fileno(), 1)
