@@ -174,8 +174,8 @@ def plot_lines(ax, lines, names, lengths, L, what, label):
     ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
     ax.set(xlabel='length / training length (dashed)', ylabel=label)
     if what == 'loss':                               # RoPE's collapse must not flatten the rest
-        highest = 4 * min(float(line['loss']) for line in lines)
-        ax.set_ylim(top=min(ax.get_ylim()[1], highest))
+        lowest = min(float(line['loss']) for line in lines)
+        ax.set_ylim(bottom=0.8 * lowest, top=min(ax.get_ylim()[1], 4 * lowest))
 
 
 def plot_pair(top, below, title, *args):
@@ -203,9 +203,12 @@ def plot_table(lines, groups, lengths, L, file):
 
 
 def plot_headline(plan, lines, seed, machine, file):
-    """Passkey and loss by length above, a heat map of each row below."""
+    """Passkey and loss by length above, a heat map of each row below, as far as its run is there."""
     plt = pyplot(file)
     prompts = prompts_of(plan, shown_rows(plan), seed, machine)
+    if not prompts:
+        plot_table(lines, {'': plan.names}, plan.lengths, plan.L, file)
+        return
     columns = max(2, len(prompts))
     fig = plt.figure(figsize=(3 * columns, 7), layout='constrained')
     above, below = fig.subfigures(2, 1)
