@@ -46,7 +46,8 @@ def beginnings(docs, length, stride, tokens):
     """
     fitting = [doc for doc in docs if length < len(doc) <= 2 * length]
     if not fitting:
-        too_short(docs, f'has {length:,} to {2 * length:,} tokens', '--lengths, or give --rows anywhere')
+        fail(f'no document of val.bin has {length:,} to {2 * length:,} tokens, which is what rows that begin with a '
+             'document are measured on: give --rows anywhere')
     n = min(len(fitting), math.ceil(tokens / stride))
     return [(fitting[i * len(fitting) // n], length) for i in range(n)]
 

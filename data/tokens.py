@@ -132,7 +132,8 @@ def open_data(path, split):
         n, dtype, vocab_size = meta[split]['tokens'], np.dtype(meta['dtype']), meta['vocab_size']
         meta['bos'], meta[split]['docs']             # used later: where they are missing, it shows now
     except FileNotFoundError:
-        fail(f'{path}/meta.json is missing: prepare the data again')
+        fail(f'{path}/meta.json is missing: make such a folder with python -m data.passkey.prepare, or from text files '
+             'with python -m data.text.prepare')
     except (ValueError, KeyError, TypeError) as e:
         fail(f'{path}/meta.json is damaged ({type(e).__name__}: {e}): prepare the data again')
     file = f'{path}/{split}.bin'
