@@ -53,7 +53,7 @@ def growth_at(model, length):
 
 
 def as_trained(model):
-    """No temperature and no frequency is another than in training."""
+    """Whether all temperatures and frequencies are those of training."""
     return bool((heads(model) == 1).all()) and not heads(model, 'slope').any() and not model.config.rope_inv_freq
 
 

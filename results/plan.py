@@ -125,6 +125,12 @@ class Plan:
     def extended_length(self, row):
         return int(self.L * (row.times or self.times))
 
+    def extended_lengths(self, row):
+        """The lengths that extend.py is called for: none, one, or each past the training length."""
+        if row.each_length:
+            return [n for n in self.row_lengths(row) if n > self.L]
+        return [self.extended_length(row)] if row.method else []
+
     def extend_options(self, row):
         options = dict(method=row.method, length=self.extended_length(row), dtype=self.dtype)
         return options | self.tune | row.options
@@ -217,9 +223,8 @@ class Plan:
         lengths = self.row_lengths(row)
         if row.each_length:
             ckpts = {base: [n for n in lengths if n <= self.L]}
-            for n in lengths:
-                if n > self.L:
-                    ckpts[self.extended_file(row, seed, machine, n)] = [n]
+            for n in self.extended_lengths(row):
+                ckpts[self.extended_file(row, seed, machine, n)] = [n]
             return ckpts
         if row.train_on:
             return {f'{folder}/on': lengths}
@@ -241,12 +246,8 @@ class Plan:
             where = dict(ckpt=base, data=self.data(row.corpus), out=folder, eval_tokens=0)
             commands.append(self.command('extend.py', where | options))
 
-        if row.each_length:
-            for n in self.row_lengths(row):
-                if n > self.L:
-                    extend(self.extend_options(row) | dict(length=n))
-        elif row.method:
-            extend(self.extend_options(row))
+        for n in self.extended_lengths(row):
+            extend(self.extend_options(row) | dict(length=n))
         if row.train_on:
             start = self.extended_file(row, seed, machine)
             where = dict(init_from=start, data=self.data(row.corpus), seed=seed, resume=True, out=f'{folder}/on')
@@ -265,10 +266,7 @@ class Plan:
         if not self.seconds:
             return 0
         method = (row.method or '').removesuffix('-log')
-        extending = self.seconds.get(method, 0)
-        if row.each_length:
-            longer = [n for n in self.row_lengths(row) if n > self.L]
-            extending *= sum(longer) / self.extended_length(row)
+        extending = self.seconds.get(method, 0) * sum(self.extended_lengths(row)) / self.extended_length(row)
         seconds = n_commands * self.seconds['begin'] + self.seconds['measure'] + extending
         if row.train_on:                             # twice the tokens of a step, four times as long rows
             seconds += row.train_on['steps'] * 3 * self.seconds['step']
@@ -307,13 +305,8 @@ class Plan:
     def cost(self, row, seed, machine):
         """What extending a row took: (tokens, seconds)."""
         folder = self.row_folder(row, seed, machine)
-        lengths = []
-        if row.each_length:
-            lengths = [n for n in self.row_lengths(row) if n > self.L]
-        elif row.method:
-            lengths = [self.extended_length(row)]
         tokens = seconds = 0
-        for n in lengths:
+        for n in self.extended_lengths(row):
             extended = load_checkpoint(self.extended_file(row, seed, machine, n))['extended']
             tokens += extended['tokens']
             seconds += extended['seconds']

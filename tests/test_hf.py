@@ -523,6 +523,7 @@ def test_an_export_says_what_does_not_follow(tokenizer, saved, tmp_path):
         (dict(SMOLLM3, sliding_window=16, layer_types=['sliding_attention'] * 2), 'use_sliding_window'),
         (dict(SMOLLM3, use_sliding_window=True, layer_types=['sliding_attention'] * 2), 'sliding_window'),
         (dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
+        (dict(use_sliding_window=True, sliding_window=16), 'sliding_window'),
         (dict(layer_types=['chunked_attention'] * 2), 'layer_types chunked_attention'),
         (dict(model_type='llama4_text', num_local_experts=16, attention_chunk_size=8192), 'num_local_experts 16'),
         (dict(model_type='llama4_text', attention_chunk_size=8192), 'attention_chunk_size 8192'),

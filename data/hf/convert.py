@@ -179,7 +179,9 @@ def read_config(folder, pe):
             every = config.get('no_rope_layer_interval', 4)
             with_rope = config.get('no_rope_layers') or [int((i + 1) % every > 0) for i in range(n)]
         window = config.get('sliding_window') or 0
-        slides = smollm3 and config.get('use_sliding_window') and window
+        slides = config.get('use_sliding_window') and window
+        if slides and not smollm3:
+            fail(f'{file}: sliding_window is in use, which here only SmolLM3 has')
         by_default = ['full_attention' if rotates or not slides else 'sliding_attention' for rotates in with_rope]
         kinds = config.get('layer_types') or by_default
         if set(kinds) - {'full_attention', 'sliding_attention'}:
@@ -518,7 +520,7 @@ def write(ckpt, folder, dtype):
     print(said)
     if source is None:
         print(f'note: the tokenizer {ckpt["tokenizer"]} has no files for transformers, so none goes along')
-    if c.pe == 'nope':
+    if 'nope' in c.layer_pe and c.pe != 'rope,rope,rope,nope':           # SmolLM3's own pattern
         rotated = dict(smollm3='three of four layers of any SmolLM3', qwen3='every layer of such a Qwen3')[kind]
         print(f'warning: llama.cpp rotates {rotated}, so a GGUF of this folder would be silently wrong')
 
