@@ -25,6 +25,7 @@ import torch
 
 from data.checkpoint import check_fits, lock, preflight, save_checkpoint
 from data.log import Log
+from data.muon import Muon
 from data.run import (
     build_model,
     check_machine,
@@ -271,8 +272,8 @@ def make_optimizers(model, run):
     groups = [dict(params=matrices, weight_decay=run.weight_decay), dict(params=vectors, weight_decay=0.0)]
     opts = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)]
     if muon:
-        opts.append(torch.optim.Muon(muon, lr=run.muon_lr, weight_decay=run.weight_decay,
-                                     adjust_lr_fn='match_rms_adamw'))
+        dtype = torch.bfloat16 if run.dtype == 'bf16' else torch.float32
+        opts.append(Muon(muon, run.muon_lr, run.weight_decay, dtype))
     return opts
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import (
     BATCH,
@@ -21,6 +22,7 @@ from conftest import (
     TINY,
     bits,
     check_refused,
+    close,
     free_port,
     poison,
     refused,
@@ -39,6 +41,7 @@ import eval_passkey
 import extend
 import train
 from data.checkpoint import load_checkpoint, lock
+from data.muon import Muon, orthogonal
 from data.runtime import pick_dtype
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.tokens import by_length, documents, get_batch, open_data, row_starts, write_data
@@ -447,7 +450,8 @@ def test_matrices_decay_and_temperatures_are_not_trained(optimizer, pe):
     shape = dict(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_inner=12)
     model = GPT(GPTConfig(pe=pe, **shape))
     name = {id(p): n for n, p in model.named_parameters()}
-    opts = train.make_optimizers(model, SimpleNamespace(optimizer=optimizer, weight_decay=0.1, lr=1, muon_lr=1))
+    opts = train.make_optimizers(model, SimpleNamespace(optimizer=optimizer, weight_decay=0.1, lr=1, muon_lr=1,
+                                                         dtype='fp32'))
     found = {}
     for opt in opts:
         for group in opt.param_groups:
@@ -457,6 +461,28 @@ def test_matrices_decay_and_temperatures_are_not_trained(optimizer, pe):
     for n, (kind, decay) in found.items():
         assert kind == ('Muon' if optimizer == 'muon' and n.endswith('_proj.weight') else 'AdamW')
         assert decay == (0.0 if 'norm' in n else 0.1)
+
+
+def test_muon_is_that_of_torch():
+    """In bf16 bit for bit; in fp32 as far from it as bf16 rounds, and its update is near an orthogonal matrix."""
+    def trained(optimizer, **kwargs):
+        torch.manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(shape)) for shape in ((16, 16), (16, 48), (48, 16))]
+        opt = optimizer(matrices, lr=0.1, weight_decay=0.1, **kwargs)
+        for _ in range(4):
+            for p in matrices:
+                p.grad = torch.randn_like(p)
+            opt.step()
+        return matrices
+
+    theirs = trained(torch.optim.Muon, adjust_lr_fn='match_rms_adamw')
+    for ours, bf16, fp32 in zip(theirs, trained(Muon, dtype=torch.bfloat16), trained(Muon, dtype=torch.float32)):
+        assert torch.equal(ours, bf16)
+        assert not torch.equal(ours, fp32)
+        close(ours, fp32, tol=0.02)                 # of updates that sum to about 0.3
+    for shape in (16, 16), (16, 48), (48, 16):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape), torch.float32))
+        assert values.min() > 0.5 and values.max() < 1.3
 
 
 def test_rows_without_bos_stay_so(corpus, tmp_path):
