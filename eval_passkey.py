@@ -15,7 +15,6 @@ Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each l
 """
 import os
 import time
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -32,9 +31,10 @@ from data.checkpoint import (
     preflight,
     stem,
 )
-from data.figures import accuracy, draw, heat_map, pyplot, read_csv, read_json, write_csv, write_json
+from data.figures import accuracy, draw, heat_map, pyplot, write_csv
+from data.measure import rows_so_far
 from data.passkey.prompt import make_prompt, usable_lengths
-from data.runtime import check_fused, choose_dtype, fail, finish, int_list, parser, positive_int, say_time, setup
+from data.runtime import check_fused, choose_dtype, finish, int_list, parser, positive_int, say_time, setup
 
 COLUMNS = dict(length=int, depth=float, trial=int, position=int, accuracy=int, logprob=float)
 
@@ -81,23 +81,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def rows_so_far(file, note, made_by, resume):
-    """Rows of the csv that is there, where --resume goes on with it; the note beside it says what they are of."""
-    if resume and os.path.exists(file):
-        if read_json(note) != made_by:
-            fail(f'{file} is of another checkpoint or other flags: leave out --resume, or choose another --out')
-        try:
-            rows = [{name: kind(r[name]) for name, kind in COLUMNS.items()} for r in read_csv(file)]
-        except (KeyError, TypeError, ValueError):
-            fail(f'{file} is damaged: leave out --resume, or choose another --out')
-        print(f'{file} has {len(rows)} prompts already')
-        return rows
-    with suppress(FileNotFoundError):                # rows of other flags must not stand beside the new note
-        os.remove(file)
-    write_json(note, made_by)
-    return []
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.plot:
@@ -134,7 +117,7 @@ def main(argv=None):
                    dtype=env.dtype, decode=args.decode)
     rows = []
     if env.master:
-        rows = rows_so_far(file, f'{out}/{stem(args.ckpt)}.passkey.json', made_by, args.resume)
+        rows = rows_so_far(file, f'{out}/{stem(args.ckpt)}.passkey.json', made_by, COLUMNS, args.resume)
     rows = env.broadcast(rows)                       # each process must leave out the same
     done = {(r['length'], r['depth'], r['trial']) for r in rows}
     todo = {}

@@ -20,7 +20,6 @@ The checkpoint's own numbers also go to <checkpoint>.measured.json: the next ext
 """
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,30 +27,23 @@ from typing import NamedTuple
 
 import torch
 
-from data.checkpoint import (
-    check_fits,
-    find_checkpoint,
-    frozen,
-    load_checkpoint,
-    load_model,
-    preflight,
-    save_checkpoint,
-    stem,
-)
+from data.checkpoint import check_fits, frozen, load_checkpoint, load_model, preflight, save_checkpoint, stem
 from data.extension import (
     Record,
     as_trained,
     best_of,
+    check,
     fit_micro_batch,
     growth_at,
     heads,
     micro_batches,
     open_corpus,
     progress,
+    resolve,
     set_heads,
     set_law,
 )
-from data.figures import default_lengths, extension_tables, plot_extension, pyplot
+from data.figures import extension_tables, plot_extension, pyplot
 from data.measure import choose_windows, long_enough, measure, measure_base, write_measured
 from data.rope import longrope, ntk_grid, stretch
 from data.runtime import (
@@ -294,63 +286,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def resolve(args, ckpt, config):
-    """Gives a value to every flag that has none. Returns why rows begin where they do."""
-    args.length = args.length or 4 * config.block_size
-    args.lengths = sorted(set(args.lengths or default_lengths(config)))
-    args.stride = args.stride or max(1, args.lengths[0] // 2)
-    if args.eval_tokens == 0:
-        args.measure = []
-    config.temperatures = args.temperatures or config.temperatures
-    args.out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
-    if args.bos is None:
-        args.bos = ckpt['args'].get('bos', True)
-    if args.rows:
-        return 'as asked'
-    args.rows = ckpt['args'].get('rows', 'anywhere')
-    return 'as the checkpoint was trained'
-
-
-def check(args, model, env):
-    """Ends the program where the flags do not fit each other, the checkpoint or the processes."""
-    L, pe = model.config.block_size, model.config.pe
-    method = METHODS[args.method]
-    if method.run in (head, head_log) and args.focus and args.init != 'best' and args.init < 1:
-        fail(f'--init {args.init} lies below the focus constraint: 1 or more, or --no-focus')
-    if args.law and method.run not in (uniform, head):
-        fail(f'--law {args.law} is for --method uniform and head')
-    if args.law_at and (not args.law or args.law_at < 2):
-        fail(f'--law_at {args.law_at} belongs to a --law, and must be at least 2 tokens')
-    if args.law in ('logn', 'llama4') and args.length <= (args.law_at or L):
-        fail(f'--law {args.law} changes what lies past {args.law_at or L} tokens: '
-             f'--length {args.length} must be longer')
-    if args.lengths[0] < 2:
-        fail(f'--lengths {args.lengths[0]} must be at least 2')
-    if args.stride >= args.lengths[0]:
-        fail(f'--stride {args.stride} must lie between 1 and the shortest of --lengths less one, {args.lengths[0] - 1}')
-    if args.past and args.protocol == 'paper':
-        fail('--past is for --protocol same')
-    if args.past and args.past < args.lengths[-1]:
-        fail(f'--past {args.past} must be at least the longest of --lengths, {args.lengths[-1]}')
-    if args.batch % env.world:
-        fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
-    if args.method == 'none':
-        return
-    if model.config.law == 'ssmax':
-        fail(f'{args.ckpt} has learned its temperatures (scalable softmax): measure it with --method none')
-    if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
-        fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
-    if method.rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length <= L):
-        fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
-             f'above {L}: this one is pe={pe}')
-    if method.rope_only and model.config.rope_fraction < 1:
-        fail(f'--method {args.method} stretches all frequencies: of rope_fraction {model.config.rope_fraction:g} '
-             'some are zero')
-    if args.method.endswith('-log') and args.length <= L:
-        fail(f'--method {args.method} changes what lies past the training length {L}: '
-             f'--length {args.length} must be longer')
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.plot:
@@ -364,8 +299,8 @@ def main(argv=None):
     model = frozen(model, env)
     if args.compile:
         compiled(model, args, env)                   # a missing compiler is known before the work
-    check(args, model, env)
     method = METHODS[args.method]
+    check(args, method.rope_only, model, env)
     tuned = method.run in (head, head_log)
     val, meta = open_data(args.data, 'val')
     lengths = args.lengths

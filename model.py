@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from data.kernels import DECODING, attend, slow_in_bf16
+from data.decoding import KVCache, sample
+from data.kernels import DECODING, attend, chunked_cross_entropy, slow_in_bf16
 from data.positions import alibi_slopes, growth, rope_frequencies, rotate, sinusoid, t5_bucket
+from data.shape import check_shape, repeated
 
 ENCODINGS = ('nope', 'learned', 'sinusoidal', 't5', 'alibi', 'rope')
 
@@ -55,28 +57,10 @@ class GPTConfig:
     temperatures: str = 'nope'   # tuned in the NoPE layers of a mixed model (in a model of one kind in all), or 'all'
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         self.window = str(self.window)
+        check_shape(self, ENCODINGS)
         if len(set(self.layer_pe)) == 1:             # 'nope,nope' is nope
             self.pe = self.layer_pe[0]
-        # what can be mixed or have a window needs nothing outside its own layer
-        known = ('nope', 'rope') if ',' in self.pe or any(self.layer_window) else ENCODINGS
-        if not set(self.layer_pe) <= set(known):
-            raise ValueError(f'pe={self.pe} window={self.window}: pe is one of {" ".join(ENCODINGS)}; '
-                             'only nope and rope differ by layer, or have a window')
-        if self.qk_norm not in (False, True, 'full'):
-            raise ValueError(f'qk_norm={self.qk_norm!r} is unknown: False, True or full')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
-        hs = self.head_size
-        if 'rope' in self.layer_pe and hs % 2:
-            raise ValueError(f'pe=rope rotates pairs: head size {hs} must be even')
-        if self.rope_inv_freq is not None and len(self.rope_inv_freq) != hs // 2:
-            raise ValueError(f'rope_inv_freq has {len(self.rope_inv_freq)} frequencies for {hs // 2} pairs')
 
     @property
     def head_size(self):
@@ -98,14 +82,6 @@ class GPTConfig:
         return [int(word) for word in repeated(self.window, self.n_layer)]
 
 
-def repeated(pattern, n):
-    """'rope,rope,rope,nope' -> the word of each of n layers."""
-    words = pattern.split(',')
-    if len(words) > n:
-        raise ValueError(f'{pattern} names {len(words)} layers of n_layer {n}')
-    return [words[i % len(words)] for i in range(n)]
-
-
 PRESETS = dict(
     # CPU minutes: the synthetic passkey corpus
     tiny=dict(block_size=256, n_layer=4, n_head=8, n_kv_head=8, n_embd=128, n_inner=128, qk_norm=True, qk_gain=True),
@@ -115,45 +91,6 @@ PRESETS = dict(
     tinyllama=dict(block_size=2048, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632),
 )
 
-
-class KVCache:
-    """
-    Keys and values that a decoder has seen, for each layer; doubles when full, so it has no maximum length. length: how
-    many tokens there will be, where that is known: a temperature with a slope goes by it from the first token on.
-    A layer with a window keeps what the next token will see, in exactly as much memory.
-    """
-
-    def __init__(self, length=0):
-        self.kv = {}                                 # layer -> (2, B, nkv, capacity, hs)
-        self.len = 0                                 # tokens seen; a layer with a window holds fewer
-        self.length = length
-
-    def update(self, layer, k, v, window=0):
-        """
-        Appends k, v (B, nkv, T, hs) and returns what these T queries need, (B, nkv, n, hs) each: all keys and values so
-        far, or with a window the last window - 1 of them and these.
-        """
-        start, end = self.len, self.len + k.size(2)
-        held = self.kv.get(layer)
-        if window:
-            kv = torch.stack((k, v))
-            if held is not None:
-                kv = torch.cat((held, kv), dim=3)
-            self.kv[layer] = kv[:, :, :, max(0, kv.size(3) - window + 1):].clone()           # a view would hold it all
-            return kv
-        if held is None or end > held.size(3):
-            B, nkv, _, hs = k.shape
-            larger = k.new_empty(2, B, nkv, max(2 * start, end + 64), hs)
-            if held is not None:
-                larger[:, :, :, :start] = held[:, :, :, :start]
-            held = self.kv[layer] = larger
-        held[0, :, :, start:end] = k
-        held[1, :, :, start:end] = v
-        return held[:, :, :, :end]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
 
 class Attention(nn.Module):
 
@@ -295,9 +232,7 @@ class GPT(nn.Module):
         ValueError past the table of pe='learned'.
         """
         c = self.config
-        start = 0
-        if cache is not None:
-            start = cache.len
+        start = 0 if cache is None else cache.len
         end = start + idx.size(1)
         pos = torch.arange(start, end, device=idx.device)
         x = self.embed(idx)                          # (B, T, C)
@@ -327,7 +262,7 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x), None
-        return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
+        return None, chunked_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.logits_at_once)
 
     def rotation(self, pos):
         """pos (T,) -> RoPE's cosines and sines, (T, hs/2) each; None where no layer rotates."""
@@ -354,19 +289,6 @@ class GPT(nn.Module):
             return torch.ones(end - start, end, dtype=torch.bool, device=pos.device).tril(start)
         return None
 
-    def cross_entropy(self, x, targets):
-        """Mean cross-entropy of x (N, C) against targets (N,), in chunks of rows that backward computes again."""
-        def chunk(x, t):
-            return F.cross_entropy(self.lm_head(x).float(), t, reduction='sum')
-        rows = max(1, self.logits_at_once // self.config.vocab_size)
-        rows = 2 ** int(math.log2(rows))             # a power of two divides usual batches: chunks of one shape
-        if len(x) <= rows:
-            return chunk(x, targets) / len(x)
-        total = 0
-        for part, t in zip(x.split(rows), targets.split(rows)):
-            total = total + checkpoint(chunk, part, t, use_reentrant=False)
-        return total / len(x)
-
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
         idx (B, T) -> (B, T + max_new_tokens). This temperature is that of sampling: it divides the final logits, and 0
@@ -388,10 +310,7 @@ class GPT(nn.Module):
             yield new
 
     def num_params(self, tables=True):
-        """
-        What pre-training learns, so without temperatures; a tied head counts once. tables: with those that are only
-        looked up in, and cost no arithmetic.
-        """
+        """What pre-training learns, a tied head once. tables: with those only looked up in, without arithmetic."""
         total = 0
         for name, p in self.named_parameters():
             looked_up = 'embed' in name or name == 'pos_bias.weight'
@@ -404,24 +323,6 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Training FLOPs a token at length T (PaLM, app. B): 6N + 12 n_layer n_embd T, attention not halved."""
         return 6 * self.num_params(tables=False) + 12 * self.config.n_layer * self.config.n_embd * T
-
-
-def sample(logits, temperature, top_k=None, top_p=None):
-    """
-    logits (B, V) -> token ids (B, 1). top_k: of the k likeliest tokens; top_p: of the fewest likeliest that have this
-    probability together (Holtzman et al. 2020).
-    """
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered        # of all likelier tokens together
-        probs = probs.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0)
-    return torch.multinomial(probs, 1)
 
 
 if __name__ == '__main__':

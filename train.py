@@ -20,7 +20,6 @@ import signal
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import torch
 
 from data.checkpoint import check_fits, lock, preflight, save_checkpoint
@@ -31,9 +30,9 @@ from data.run import (
     check_machine,
     check_resume,
     encodings,
-    halvings,
     open_checkpoints,
     resolve,
+    row_length,
     split_batch,
     windows,
 )
@@ -275,12 +274,6 @@ def make_optimizers(model, run):
         dtype = torch.bfloat16 if run.dtype == 'bf16' else torch.float32
         opts.append(Muon(muon, run.muon_lr, run.weight_decay, dtype))
     return opts
-
-
-def row_length(step, run):
-    """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
-    rng = np.random.default_rng((run.seed, step, 1))
-    return run.length >> int(rng.integers(halvings(run) + 1))
 
 
 @torch.no_grad()

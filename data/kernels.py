@@ -1,11 +1,13 @@
 """
-Attention on the fused kernels of torch, whole or in a window: what hardware and precision ask for stands here.
+What hardware, precision and memory ask for: attention on the fused kernels of torch, whole or in a window, and the
+loss in chunks.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 
 # cuDNN, the first choice on Hopper from torch 2.11, plans anew for each number of keys: decoding does without
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -14,7 +16,7 @@ DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 def attend(q, k, v, mask=None, window=0):
     """
     Causal attention, fused: softmax(q k^T / sqrt(hs) + mask) v. q (B, nh, T, hs), k and v (B, nkv, n, hs); mask: None,
-    or bool or a bias that broadcasts to (B, nh, T, n) -> (B, nh, T, hs). What hardware asks for stands here alone.
+    or bool or a bias that broadcasts to (B, nh, T, n) -> (B, nh, T, hs).
     """
     if window:                                       # instead of the mask
         return attend_window(q, k, v, window)
@@ -58,3 +60,20 @@ def attend_window(q, k, v, window):
 def slow_in_bf16(q):
     """Backward through torch's CPU kernel in bf16 takes up to three times as long as in fp32 where rows are short."""
     return q.is_cpu and q.dtype == torch.bfloat16 and q.size(2) < 512 and torch.is_grad_enabled()
+
+
+def chunked_cross_entropy(head, x, targets, at_once):
+    """
+    Mean cross-entropy in nats of the logits head(x), for x (N, C), against targets (N,). Of a large vocabulary only
+    `at_once` logits are in memory: rows go in chunks, which the backward pass computes again.
+    """
+    def chunk(x, t):
+        return F.cross_entropy(head(x).float(), t, reduction='sum')
+    rows = max(1, at_once // head.out_features)
+    rows = 2 ** int(math.log2(rows))                 # a power of two divides usual batches: chunks of one shape
+    if len(x) <= rows:
+        return chunk(x, targets) / len(x)
+    total = 0
+    for part, t in zip(x.split(rows), targets.split(rows)):
+        total = total + checkpoint(chunk, part, t, use_reentrant=False)
+    return total / len(x)

@@ -2,7 +2,9 @@
 Perplexity by length and the entropy of attention, of any model.
 """
 import math
+import os
 import time
+from contextlib import suppress
 from itertools import islice
 from operator import itemgetter
 
@@ -10,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import fingerprint, stem
-from data.figures import read_json, write_csv, write_json
+from data.figures import read_csv, read_json, write_csv, write_json
 from data.runtime import fail, say_time
 from data.tokens import anchor
 
@@ -242,3 +244,26 @@ def measure_base(model, docs, bos, meta, args, env):
     if env.master:
         write_json(file, dict(made_by=made_by, ppl=ppl, entropy=entropy))
     return ppl, entropy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what eval_passkey.py goes on with
+
+def rows_so_far(file, note, made_by, columns, resume):
+    """
+    Rows of the csv that is there, where --resume goes on with it; the note beside it says what they are of. columns:
+    {name: type}.
+    """
+    if resume and os.path.exists(file):
+        if read_json(note) != made_by:
+            fail(f'{file} is of another checkpoint or other flags: leave out --resume, or choose another --out')
+        try:
+            rows = [{name: kind(r[name]) for name, kind in columns.items()} for r in read_csv(file)]
+        except (KeyError, TypeError, ValueError):
+            fail(f'{file} is damaged: leave out --resume, or choose another --out')
+        print(f'{file} has {len(rows)} prompts already')
+        return rows
+    with suppress(FileNotFoundError):                # rows of other flags must not stand beside the new note
+        os.remove(file)
+    write_json(note, made_by)
+    return []

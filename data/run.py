@@ -6,6 +6,8 @@ import argparse
 import math
 from dataclasses import asdict
 
+import numpy as np
+
 from data.checkpoint import find_checkpoint, load_checkpoint, load_model, padded, preflight
 from data.runtime import fail, memory, natural
 from data.tokens import random_vocab
@@ -114,6 +116,12 @@ def resolve(args, recipes, config, resumed, parent):
 def halvings(run):
     """How often a row of run.length tokens can be halved before it is shorter than min_length."""
     return int(math.log2(run.length / run.min_length))
+
+
+def row_length(step, run):
+    """Tokens a row of this step: length, a half of it, a quarter ... down to min_length, drawn by (seed, step)."""
+    rng = np.random.default_rng((run.seed, step, 1))
+    return run.length >> int(rng.integers(halvings(run) + 1))
 
 
 def split_batch(run, env):

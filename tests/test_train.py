@@ -42,6 +42,7 @@ import extend
 import train
 from data.checkpoint import load_checkpoint, lock
 from data.muon import Muon, orthogonal
+from data.run import row_length
 from data.runtime import pick_dtype
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.tokens import by_length, documents, get_batch, open_data, row_starts, write_data
@@ -424,7 +425,7 @@ def test_attention_off_the_fused_kernels_is_said(pe, corpus, tmp_path):
 
 def row_lengths(min_length, n):
     flags = SimpleNamespace(length=96, min_length=min_length, seed=5)
-    return [train.row_length(step, flags) for step in range(n)]
+    return [row_length(step, flags) for step in range(n)]
 
 
 def test_rows_are_halved_as_often_as_the_shortest_allows_each_as_often():
