@@ -107,7 +107,8 @@ def goes_on(case, flags, out, world=1):
         f'{out}.again.0'
     ).read_text()
     straight = case.run(flags, world)
-    assert state(out) == state(straight) and rows(out) == rows(straight)
+    assert state(out) == state(straight)
+    assert rows(out) == rows(straight)
     assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
 
 
@@ -169,9 +170,8 @@ def kill_grid(case, rng, out):
     wait(ranks)
     kept = Path(file).read_text() if os.path.exists(file) else ''
     assert wait(start(eval_passkey, flags, '--out', out, log=f'{out}.log')) == [0]
-    assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text() and Path(
-        file
-    ).read_text().startswith(kept)
+    assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text()
+    assert Path(file ).read_text().startswith(kept)
     return 'goes on with --resume after the last finished batch'
 
 
@@ -192,7 +192,8 @@ def damaged(case, out, change):
         raise AssertionError('another checkpoint was loaded')
     except SystemExit:
         line = refuses(train, case.flags(), '--resume --out', out)
-        assert 'the one before is' in line and f'{out}/ckpt.prev.pt' in line
+        assert 'the one before is' in line
+        assert f'{out}/ckpt.prev.pt' in line
         load_checkpoint(f'{out}/ckpt.prev.pt')
         return line
 
@@ -348,7 +349,8 @@ def nan(case, rng, out):
     found = 'gradient is not finite' if what == 'gradient' else 'loss is not finite on rank 1'
     assert f'step {at + 1}: {found}' in line
     ckpt = load_checkpoint(out)
-    assert ckpt['step'] == at // 4 * 4 and all(v.isfinite().all() for v in ckpt['model'].values())
+    assert ckpt['step'] == at // 4 * 4
+    assert all(v.isfinite().all() for v in ckpt['model'].values())
     goes_on(case, flags, out, 2)
     return line
 

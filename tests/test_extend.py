@@ -90,21 +90,18 @@ def extended(trained, corpus, tmp_path_factory):
 def test_tuning_changes_the_temperatures_only(extended, trained):
     old, new = load_checkpoint(trained), load_checkpoint(f'{extended}/head-128.pt')
     changed = {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])}
-    assert changed == {f'blocks.{i}.attn.scale' for i in (0, 1)} and list(old['model']) == list(new['model'])
+    assert changed == {f'blocks.{i}.attn.scale' for i in (0, 1)}
+    assert list(old['model']) == list(new['model'])
     assert all(new['model'][k].dtype == torch.float32 and new['model'][k].min() >= 1 for k in changed)
-    assert {k for k in old if bits(old[k]) != bits(new[k])} == {'model', 'optimizer', 'extended'} and new[
-        'optimizer'
-    ] is None
+    assert {k for k in old if bits(old[k]) != bits(new[k])} == {'model', 'optimizer', 'extended'}
+    assert new['optimizer'] is None
     how = new['extended']
-    assert (
-        how['method'] == 'head'
-        and how['length'] == 128
-        and len(how['losses']) == 4
-        and [lam for lam, _ in how['curve']] == [0.8, 1, 1.2]
-    )
-    assert how['tokens'] == (4 + 3) * 4 * 128 and how['heads'] == [
-        b.tolist() for k, b in new['model'].items() if k.endswith('scale')
-    ]
+    assert how['method'] == 'head'
+    assert how['length'] == 128
+    assert len(how['losses']) == 4
+    assert [lam for lam, _ in how['curve']] == [0.8, 1, 1.2]
+    assert how['tokens'] == (4 + 3) * 4 * 128
+    assert how['heads'] == [b.tolist() for k, b in new['model'].items() if k.endswith('scale')]
 
 
 @pytest.mark.parametrize('focus', [True, False])
@@ -177,9 +174,8 @@ def test_a_model_shares_its_weights_with_the_checkpoint(trained):
     for dtype in torch.float32, torch.bfloat16:      # a converted one, its head and embedding one tensor there
         ckpt['model']['embed.weight'] = ckpt['model']['lm_head.weight'] = ckpt['model']['embed.weight'].to(dtype)
         model = load_model(ckpt)
-        assert {p.dtype for p in model.parameters()} == {
-            torch.float32
-        } and model.embed.weight.data_ptr() != model.lm_head.weight.data_ptr()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model.embed.weight.data_ptr() != model.lm_head.weight.data_ptr()
 
 
 def test_focus_holds_at_any_rate():
@@ -232,7 +228,9 @@ def test_the_grid_and_the_tuning_see_different_batches(monkeypatch):
     grid, seen[:] = {x.numpy().tobytes() for x in seen}, []
     extend.tune(model, corpus_of(4000, None), args, ENV)
     tuning = {x.numpy().tobytes() for x in seen}
-    assert len(grid) == 2 and len(tuning) == 4 and not grid & tuning     # every lambda on the same two
+    assert len(grid) == 2
+    assert len(tuning) == 4
+    assert not grid & tuning  # every lambda on the same two
 
 
 @pytest.mark.parametrize('init', ['best', '1.3'])
@@ -284,11 +282,9 @@ def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
     }
     before, after, L = load_model(old), load_model(new), old['config']['block_size']
     slopes, best = heads(after, 'slope'), min(new['extended']['curve'], key=lambda c: c[1])[0]
-    assert (
-        new['extended']['slopes'] == slopes.tolist()
-        and (slopes >= 0).all()
-        and len(new['extended']['losses']) == (4 if method == 'head-log' else 0)
-    )
+    assert new['extended']['slopes'] == slopes.tolist()
+    assert (slopes >= 0).all()
+    assert len(new['extended']['losses']) == (4 if method == 'head-log' else 0)
     if method == 'uniform-log':                      # --grid names the temperature at --length
         torch.testing.assert_close(1 + slopes * math.log(128 / L), torch.full_like(slopes, best))
     # at --length it is the method without -log; the window is the base's; in between the temperature is
@@ -304,10 +300,8 @@ def test_log_methods_leave_the_window_alone(method, trained, corpus, tmp_path):
     torch.testing.assert_close(1 + slopes * math.log(128 / L), heads(flat))
     with torch.no_grad():
         torch.testing.assert_close(after(idx)[0], flat(idx)[0])
-        assert (
-            torch.equal(after(idx[:, :L])[0], before(idx[:, :L])[0])
-            and (after(idx[:, : L + 8])[0] != before(idx[:, : L + 8])[0]).any()
-        )
+        assert torch.equal(after(idx[:, :L])[0], before(idx[:, :L])[0])
+        assert (after(idx[:, : L + 8])[0] != before(idx[:, : L + 8])[0]).any()
     check_refused(
         extend, f'{HEAD} --ckpt {trained} --data {corpus} --method {method} --length {L}', ' : past the training length'
     )
@@ -337,7 +331,8 @@ def test_longrope(corpus, tmp_path):
     run(extend, command)
     run(extend, command, f'--out {tmp_path}/again')
     old, new, again = (load_checkpoint(f'{tmp_path}/{f}.pt') for f in ('ckpt', 'longrope-128', 'again/longrope-128'))
-    assert new['config'] == again['config'] and bits(new['model']) == bits(again['model'])
+    assert new['config'] == again['config']
+    assert bits(new['model']) == bits(again['model'])
     lam = 1 + math.log(128 / 64) / math.log(64)  # the square of transformers' attention_factor
     assert all(
         bits(v) == bits(old['model'][k]) or k.endswith('.scale') and (v == torch.tensor(lam)).all()
@@ -345,17 +340,13 @@ def test_longrope(corpus, tmp_path):
     )
     c, tried = GPTConfig(**new['config']), new['extended']['curve']
     divisors = np.array(rope_frequencies(c)) / c.rope_inv_freq
-    assert (
-        (divisors > 1 - 1e-5).all()
-        and (np.diff(divisors) > -1e-5).all()
-        and divisors.max() <= 1.25 * 128 / 64 + 1e-5
-        and c.rope_start in N_HAT
-    )
-    assert (
-        [n for n, _ in tried] == sorted(n for n, _ in tried)
-        and len(tried) == 4
-        and [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
-    )
+    assert (divisors > 1 - 1e-5).all()
+    assert (np.diff(divisors) > -1e-5).all()
+    assert divisors.max() <= 1.25 * 128 / 64 + 1e-5
+    assert c.rope_start in N_HAT
+    assert [n for n, _ in tried] == sorted(n for n, _ in tried)
+    assert len(tried) == 4
+    assert [x for _, x in tried] == sorted((x for _, x in tried), reverse=True)
     # the loss that it reports is that of the checkpoint, and no worse than the methods that it began with
     args = flags(length=128, batch=4, micro_batch=4, seed=314, grid_batches=1)
     data, meta = open_data(corpus, 'train')
@@ -381,7 +372,8 @@ def test_the_whole_way(pe, corpus, tmp_path):
     run(train, TINY, f'--pe {pe} --steps 2 --data {corpus} --out {tmp_path}')
     run(extend, HEAD, f'--ckpt {tmp_path} --data {corpus} --length {n} --lengths 48,{n} --steps 2 --grid 1,1.2')
     ppl, entropy = (table(tmp_path / f'head-{n}.{what}.csv')[1] for what in ('ppl', 'entropy'))
-    assert len(ppl) == 2 and all(math.isfinite(x) for r in ppl + entropy for x in r)
+    assert len(ppl) == 2
+    assert all(math.isfinite(x) for r in ppl + entropy for x in r)
     if pe != 'learned':                              # 64 tokens hold no prompt
         run(eval_passkey, f'--ckpt {tmp_path}/head-{n}.pt --lengths {n} --depths 2 --trials 1 --decode {CPU}')
     run(train, BATCH, f'--init_from {tmp_path}/head-{n}.pt --length {n} --steps 1 --data {corpus} --out {tmp_path}/on')
@@ -409,9 +401,11 @@ def test_a_stretched_model_is_trained_on(method, corpus, tmp_path):
     stretched = f'{tmp_path}/{method}-128.pt'
     run(train, BATCH, f'--init_from {stretched} --length 128 --steps 2 --data {corpus} --out {tmp_path}/on')
     old, new = load_checkpoint(stretched), load_checkpoint(f'{tmp_path}/on')
-    assert new['config'] == old['config'] and new['args']['length'] == 128
+    assert new['config'] == old['config']
+    assert new['args']['length'] == 128
     moved = {k for k in old['model'] if bits(old['model'][k]) != bits(new['model'][k])}
-    assert moved and not any(k.endswith(('scale', 'slope')) for k in moved)      # YaRN's temperature stays
+    assert moved
+    assert not any(k.endswith(('scale', 'slope')) for k in moved)  # YaRN's temperature stays
 
 
 def test_drope(corpus, tmp_path):
@@ -421,7 +415,9 @@ def test_drope(corpus, tmp_path):
         out = f'{tmp_path}/{flag.replace(" ", "-")}'
         run(train, BATCH, f'--init_from {tmp_path}/rope --pe nope {flag} --steps 1 --data {corpus} --out {out}')
         c = load_checkpoint(out)['config']
-        assert c['pe'] == 'nope' and c['block_size'] == 64 and c['qk_norm'] == qk_norm
+        assert c['pe'] == 'nope'
+        assert c['block_size'] == 64
+        assert c['qk_norm'] == qk_norm
         run(extend, HEAD, f'--method uniform --ckpt {out} --data {corpus}')
         run(eval_passkey, f'--ckpt {out}/uniform-128.pt --lengths 96 --depths 1 --trials 1 {CPU}')
 
@@ -458,22 +454,25 @@ def test_every_length_scores_the_same_tokens(stride, asked, bos):
 
     def model(x, y, rows):
         whole = torch.cat((x, y[:, -1:]), dim=1)
-        assert (whole[:, bos is not None:].diff() == 1).all() and (whole[:, 0] == (bos or whole[:, 1] - 1)).all()
-        assert torch.equal(whole[:, 1:][:, rows], y) and y.size(1) == stride
+        assert (whole[:, bos is not None:].diff() == 1).all()
+        assert (whole[:, 0] == (bos or whole[:, 1] - 1)).all()
+        assert torch.equal(whole[:, 1:][:, rows], y)
+        assert y.size(1) == stride
         seen.setdefault(whole.size(1), []).append(y.flatten())
         return None, torch.tensor(1.0)
     model.flops_per_token = lambda T: T
     got = measure.perplexity(model, docs, bos, [21, 48, 96], stride, asked, ENV, batch_tokens=200)
     assert list(seen) == [21, 48, 96]                # a window is exactly the length named
     scored = [torch.cat(s).sort()[0] for s in seen.values()]
-    assert all(torch.equal(s, scored[0]) for s in scored) and scored[0].unique().numel() == scored[0].numel()
+    assert all(torch.equal(s, scored[0]) for s in scored)
+    assert scored[0].unique().numel() == scored[0].numel()
     assert (scored[0] % 1000 >= 96).all()            # past the longest
     n = len(scored[0])
     assert min(asked, sum(max(0, len(d) - 96) // stride * stride for d in docs)) <= n < asked + 3 * stride
-    assert [r['tokens'] for r in got] == [n] * 3 and [r['docs'] for r in got] == [len((scored[0] // 1000).unique())] * 3
-    assert [list(r) for r in got] == [['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']] * 3 and got[0][
-        'ppl'
-    ] == pytest.approx(math.e)
+    assert [r['tokens'] for r in got] == [n] * 3
+    assert [r['docs'] for r in got] == [len((scored[0] // 1000).unique())] * 3
+    assert [list(r) for r in got] == [['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']] * 3
+    assert got[0]['ppl'] == pytest.approx(math.e)
 
 
 def test_perplexity_is_the_plain_one():
@@ -487,9 +486,8 @@ def test_perplexity_is_the_plain_one():
         want.append(sum(nll) / len(nll))
     for batch_tokens in 1, 10**6:
         got = measure.perplexity(model, docs, 7, [10, 25, 40], 6, 60, ENV, batch_tokens)
-        assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5) and [r['ppl'] for r in got] == pytest.approx(
-            np.exp(want).tolist(), rel=1e-5
-        )
+        assert [r['nll'] for r in got] == pytest.approx(want, abs=1e-5)
+        assert [r['ppl'] for r in got] == pytest.approx(np.exp(want).tolist(), rel=1e-5)
 
 
 def test_the_papers_windows(trained, corpus, tmp_path):
@@ -509,16 +507,15 @@ def test_the_papers_windows(trained, corpus, tmp_path):
                     logp = ref(w[None, :-1])[0][0].log_softmax(-1)
                     nll += [-logp[k - 1, w[k]].item() for k in range(L - 6, L)]
                     seen.add(i)
-        assert (
-            row['nll'] == pytest.approx(sum(nll) / len(nll), abs=1e-5)
-            and row['tokens'] == len(nll) == 60
-            and row['docs'] == len(seen)
-        )
+        assert row['nll'] == pytest.approx(sum(nll) / len(nll), abs=1e-5)
+        assert row['tokens'] == len(nll) == 60
+        assert row['docs'] == len(seen)
     assert [r['docs'] for r in got] == [3, 2]  # 55 tokens hold six windows of 20, but three of 40, and 25 none of 40
     flags = (f'--ckpt {trained} --data {corpus} --method none --out {tmp_path} --lengths 32,64 --stride 8 '
              f'--eval_tokens 64 {CPU} --protocol paper')
     out = run(extend, flags)
-    assert "by the paper's rule" in out and out.count('64 tokens of') == 2
+    assert "by the paper's rule" in out
+    assert out.count('64 tokens of') == 2
     check_refused(
         extend, flags.replace('32,64', '32,999999'), ' : no document of val.bin is longer than 999,999 tokens'
     )
@@ -652,10 +649,13 @@ def test_long_measurements_are_announced(trained, corpus, tmp_path, monkeypatch)
     said = run(extend, flags, measure)
     assert 'ckpt: perplexity at 2 lengths, 64 to 96 tokens, on 500 tokens each\nthis takes about' in said
     assert 'ckpt: attention entropy on up to 4 documents of 96 tokens\nthis takes about' in said
-    assert said.count('this takes about') == 2 and '--eval_tokens' in said and '--measure ppl' in said
+    assert said.count('this takes about') == 2
+    assert '--eval_tokens' in said
+    assert '--measure ppl' in said
     said = run(eval_passkey, f'--ckpt {trained} --lengths 80,96 --depths 2 --trials 2 --out {tmp_path} {CPU}')
     assert '8 prompts, 4 at each of 2 lengths from 80 to 96 tokens\nthis takes about' in said
-    assert said.count('this takes about') == 1 and '--trials' in said
+    assert said.count('this takes about') == 1
+    assert '--trials' in said
 
 
 @pytest.mark.parametrize('damage', ['', '{"made_by": ', '[]'])
@@ -703,9 +703,8 @@ def test_files(extended, trained, corpus, tmp_path):
         'head-128.pt',
     ]
     columns, ppl = table(f'{extended}/head-128.ppl.csv')
-    assert columns == ['length', 'stride', 'docs', 'tokens', 'nll', 'ppl'] and [r[:2] for r in ppl] == [
-        [n, 32] for n in (64, 96, 128)
-    ]
+    assert columns == ['length', 'stride', 'docs', 'tokens', 'nll', 'ppl']
+    assert [r[:2] for r in ppl] == [[n, 32] for n in (64, 96, 128)]
     columns, entropy = table(f'{extended}/head-128.entropy.csv')
     assert columns == ['layer', 'head', 'position', 'entropy']
     assert [r[:3] for r in entropy] == [[i, h, p] for i in (0, 1) for h in (0, 1) for p in range(4, 129, 4)]
@@ -723,7 +722,8 @@ def test_files(extended, trained, corpus, tmp_path):
     assert [r[:3] for r in rows] == [[n, d, t] for n in (80, 96) for d in (0, 0.5) for t in range(3)]
     run(train, BATCH, f'--init_from {extended}/head-128.pt --steps 1 --data {corpus} --out {tmp_path}/run')
     new, old = load_checkpoint(f'{tmp_path}/run')['model'], load_checkpoint(f'{extended}/head-128.pt')['model']
-    assert all(bits(new[k]) == bits(old[k]) for k in old if 'scale' in k) and bits(new) != bits(old)
+    assert all(bits(new[k]) == bits(old[k]) for k in old if 'scale' in k)
+    assert bits(new) != bits(old)
 
 
 def test_two_processes_write_the_same(extended, trained, corpus, tmp_path):
@@ -737,7 +737,8 @@ def test_two_processes_write_the_same(extended, trained, corpus, tmp_path):
         (columns, x), (columns2, y) = table(f'{extended}/{name}'), table(tmp_path / name)
         assert columns == columns2
         np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5)
-    assert len(table(tmp_path / 'ckpt.passkey.csv')[1]) == 18 and len(table(tmp_path / 'head-128.ppl.csv')[1]) == 3
+    assert len(table(tmp_path / 'ckpt.passkey.csv')[1]) == 18
+    assert len(table(tmp_path / 'head-128.ppl.csv')[1]) == 3
 
 
 def test_figures(trained, extended, corpus, tmp_path):
@@ -848,7 +849,8 @@ def test_entropy_is_exact_under_autocast():
     )
     with torch.autocast('cpu', torch.bfloat16):      # as it is called from a bf16 forward pass
         got = measure.attention_entropy(q, k, block=24)
-    assert got.dtype == torch.float32 and torch.equal(got, measure.attention_entropy(q, k, block=24))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, measure.attention_entropy(q, k, block=24))
 
 
 def test_an_extended_checkpoint_is_not_extended_again(extended, corpus, tmp_path):

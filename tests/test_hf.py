@@ -155,7 +155,8 @@ def tokens(*shape):
 def saved(monkeypatch):
     """Stands in for safetensors: what is exported lies in pytorch_model.bin, which needs no package."""
     def save_file(state, file, metadata):
-        assert metadata == {'format': 'pt'} and all(w.is_contiguous() for w in state.values())
+        assert metadata == {'format': 'pt'}
+        assert all(w.is_contiguous() for w in state.values())
         torch.save(state, file.replace('model.safetensors', 'pytorch_model.bin'))
     monkeypatch.setitem(sys.modules, 'safetensors', SimpleNamespace())
     monkeypatch.setitem(sys.modules, 'safetensors.torch', SimpleNamespace(save_file=save_file))
@@ -178,11 +179,9 @@ def test_a_folder_gives_our_logits(pe, config, shards, tmp_path):
     )
     assert f'pe={pe}, 2 layers' in run(convert, tmp_path / 'hf/', tmp_path / 'run/ckpt.pt')
     ckpt = load_checkpoint(str(tmp_path / 'run'))
-    assert (
-        bits(dict(ckpt['model'])) == bits(dict(model.state_dict()))
-        and ckpt['config'] == asdict(model.config)
-        and ckpt['tokenizer'] == f'hf:{tmp_path}/hf'
-    )
+    assert bits(dict(ckpt['model'])) == bits(dict(model.state_dict()))
+    assert ckpt['config'] == asdict(model.config)
+    assert ckpt['tokenizer'] == f'hf:{tmp_path}/hf'
     assert torch.equal(logits(tmp_path / 'run', tokens(2, 50)), model(tokens(2, 50))[0])
 
 
@@ -196,11 +195,9 @@ def test_a_tied_head_and_half_precision(tmp_path):
     torch.save(state, tmp_path / 'hf/pytorch_model.bin', _use_new_zipfile_serialization=False)  # as before torch 1.6
     run(convert, tmp_path / 'hf', tmp_path / 'ckpt.pt')
     ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
-    assert (
-        torch.equal(ckpt['lm_head.weight'].float(), model.embed.weight)
-        and ckpt['embed.weight'].dtype == torch.bfloat16
-        and ckpt['blocks.0.attn.scale'].dtype == torch.float32
-    )
+    assert torch.equal(ckpt['lm_head.weight'].float(), model.embed.weight)
+    assert ckpt['embed.weight'].dtype == torch.bfloat16
+    assert ckpt['blocks.0.attn.scale'].dtype == torch.float32
     assert ckpt['embed.weight'].untyped_storage().data_ptr() == ckpt['lm_head.weight'].untyped_storage().data_ptr()
     assert torch.equal(logits(tmp_path / 'ckpt.pt', tokens(2, 9)), model(tokens(2, 9))[0])
 
@@ -222,7 +219,8 @@ def test_a_tied_head_stays_tied_in_training_and_export(saved, tmp_path):
     trained = load_checkpoint(str(tmp_path / 'whole'))
     assert bits(trained['model']) == bits(load_checkpoint(str(tmp_path / 'parts'))['model'])
     embed, head = trained['model']['embed.weight'], trained['model']['lm_head.weight']
-    assert embed.data_ptr() == head.data_ptr() and not torch.equal(embed, ckpt['model']['embed.weight'])
+    assert embed.data_ptr() == head.data_ptr()
+    assert not torch.equal(embed, ckpt['model']['embed.weight'])
     model = load_model(trained)
     assert model.lm_head.weight is model.embed.weight
 
@@ -276,7 +274,8 @@ def test_dropping_rope(tmp_path):
         run(convert, tmp_path / name, tmp_path / f'{name}.pt', '--pe nope')
         assert torch.equal(logits(tmp_path / f'{name}.pt', tokens(2, 50)), build(pe='nope')(tokens(2, 50))[0])
         c = load_checkpoint(str(tmp_path / f'{name}.pt'))['config']
-        assert c['block_size'] == 32 and c['rope_inv_freq'] is None
+        assert c['block_size'] == 32
+        assert c['rope_inv_freq'] is None
 
 
 @pytest.mark.parametrize('form', ['old', 'new'])
@@ -386,15 +385,11 @@ def test_round_trip_is_exact(case, saved, tmp_path):
         np.testing.assert_allclose(b['config']['rope_inv_freq'], a['config']['rope_inv_freq'], rtol=1e-14)
         assert config['rope_scaling']['rope_type'] == dict(pi='linear').get(case, case)
     assert torch.equal(logits(tmp_path / 'a.pt', tokens(2, 90)), logits(tmp_path / 'b.pt', tokens(2, 90)))
-    assert config['max_position_embeddings'] == b['args']['length'] == (
-        100 if more else model.config.block_size
-    ) and config['tie_word_embeddings'] == (case == 'tied')
+    assert config['max_position_embeddings'] == b['args']['length'] == (100 if more else model.config.block_size )
+    assert config['tie_word_embeddings'] == (case == 'tied')
     assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)  # of bytes
-    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf'] and sorted(os.listdir(tmp_path / 'hf')) == [
-        'config.json',
-        'generation_config.json',
-        'pytorch_model.bin',
-    ]
+    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf']
+    assert sorted(os.listdir(tmp_path / 'hf')) == ['config.json', 'generation_config.json', 'pytorch_model.bin',]
 
 
 def test_temperatures_fold(saved, tmp_path):
@@ -406,10 +401,8 @@ def test_temperatures_fold(saved, tmp_path):
         run(convert, tmp_path / f'{pe}.pt', tmp_path / pe)
         run(convert, tmp_path / pe, tmp_path / f'{pe}-2.pt')
         ours = load_checkpoint(str(tmp_path / f'{pe}-2.pt'))
-        assert (
-            all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale'))
-            and ours['config']['block_size'] == 32
-        )
+        assert all((w == 1).all() for k, w in ours['model'].items() if k.endswith('scale'))
+        assert ours['config']['block_size'] == 32
         assert {k for k, w in ours['model'].items() if not torch.equal(w, model.state_dict()[k])} == {
             f'blocks.{i}.attn.{x}' for i in (0, 1) for x in ('q_proj.weight', 'scale', 'slope')
         }
@@ -418,7 +411,8 @@ def test_temperatures_fold(saved, tmp_path):
         run(convert, tmp_path / f'{pe}.pt', tmp_path / f'{pe}-bf16', '--dtype bf16')
         assert config_of(tmp_path / f'{pe}-bf16')['torch_dtype'] == 'bfloat16'
         full, half = (torch.load(f'{tmp_path}/{pe}{x}/pytorch_model.bin') for x in ('', '-bf16'))
-        assert list(half) == list(full) and all(torch.equal(half[k], w.bfloat16()) for k, w in full.items())
+        assert list(half) == list(full)
+        assert all(torch.equal(half[k], w.bfloat16()) for k, w in full.items())
 
 
 def test_any_frequencies_can_be_named(saved, tmp_path):
@@ -444,11 +438,9 @@ def test_any_frequencies_can_be_named(saved, tmp_path):
             ntk=(True, None), mixed=(False, 'yarn')).get(name, (False, 'longrope'))
         if name == 'searched':
             r = rope['rope_scaling']
-            assert (
-                r['short_factor'] == r['long_factor']
-                and r['attention_factor'] == r['short_mscale'] == r['long_mscale'] == 1
-                and r['factor'] == 4
-            )
+            assert r['short_factor'] == r['long_factor']
+            assert r['attention_factor'] == r['short_mscale'] == r['long_mscale'] == 1
+            assert r['factor'] == 4
 
 
 def test_the_tokenizer_goes_along(saved, tmp_path):
@@ -610,7 +602,8 @@ def test_a_checkpoint_that_does_not_fold(saved, tmp_path, monkeypatch):
         check_refused(
             convert, f'{checkpoint(tmp_path / "ckpt.pt", model, **more)} {tmp_path / out}', f'{flags} : {words}'
         )
-        assert not (tmp_path / 'hf').exists() and not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
+        assert not (tmp_path / 'hf').exists()
+        assert not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
 
     for pe in 'learned', 'sinusoidal', 't5', 'alibi':
         case(f'pe={pe}', build(pe=pe))
@@ -705,7 +698,8 @@ def test_llama_in_and_out(kind, hf, tmp_path):
         plain['config']['rope_inv_freq'] = None
         assert (load_model(plain)(tokens(2, T))[0] - ours).abs().max() > 0.01
     same(back, tmp_path / 'a.pt', T)
-    assert back.config.tie_word_embeddings == tied and back.config.max_position_embeddings == longest
+    assert back.config.tie_word_embeddings == tied
+    assert back.config.max_position_embeddings == longest
     if kind in ('default', 'linear', 'yarn', 'llama3'):          # nothing was folded
         assert bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
         got, was = back.config.rope_parameters, model.config.rope_parameters
@@ -729,11 +723,9 @@ def test_smollm3_in_and_out(rows, hf, tmp_path):
     same(model, tmp_path / 'a.pt', 90)
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 90)
-    assert (
-        type(back).__name__ == 'SmolLM3ForCausalLM'
-        and back.config.bos_token_id == 1
-        and bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
-    )
+    assert type(back).__name__ == 'SmolLM3ForCausalLM'
+    assert back.config.bos_token_id == 1
+    assert bits(dict(back.state_dict())) == bits(dict(model.state_dict()))
     # the same weights under a Llama's configuration, as the paper's checkpoint has them
     llama = random_llama(hf, tie_word_embeddings=rows == 3)
     llama.load_state_dict(model.state_dict())
@@ -759,10 +751,8 @@ def test_what_extend_makes_runs_there(method, hf, tmp_path):
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     back = load(hf, tmp_path / 'out')
     same(back, tmp_path / 'a.pt', 120)
-    assert (
-        back.config.max_position_embeddings == 128
-        and type(back).__name__ == ('SmolLM3' if method == 'head' else 'Llama') + 'ForCausalLM'
-    )
+    assert back.config.max_position_embeddings == 128
+    assert type(back).__name__ == ('SmolLM3' if method == 'head' else 'Llama') + 'ForCausalLM'
     if not method.startswith('head'):
         assert back.config.rope_parameters['rope_type'] == dict(pi='linear', ntk='default').get(method, method)
     # greedy and cached, past the training length and past the extended one
@@ -848,7 +838,8 @@ def test_what_stands_for_bos_is_said(hf, tmp_path):
     folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
     words_tokenizer(tmp_path / 'hf')
     said = run(convert, tmp_path / 'hf', tmp_path / 'a.pt')
-    assert "begin with '<s>'" in said and '--bos' in said
+    assert "begin with '<s>'" in said
+    assert '--bos' in said
 
 
 def test_a_tokenizer_of_theirs(hf, tmp_path):
@@ -880,7 +871,8 @@ def test_the_passkey_grid_through_generate(pe, qk_norm, hf, tmp_path, monkeypatc
     made = bench.passkey(SimpleNamespace(passkey=path, device='cpu', rounds=1))
     assert [row['length'] for row in made] == [96, 128]
     for row in made:
-        assert row['decoded_alike'] == row['prompts'] == 20 and row['our_hits'] == row['their_hits']
+        assert row['decoded_alike'] == row['prompts'] == 20
+        assert row['our_hits'] == row['their_hits']
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -163,11 +163,9 @@ def test_tuning_the_whole_model(checkpointing, kept, aim):
         f'weights {weights / 1e9:.2f} GB, kept for backward {after[0] / 1e9:.2f}, '
         f'at most {seen.peak / 1e9:.2f} with the weights'
     )
-    assert (
-        2.2e9 < weights < 2.4e9
-        and after[0] == pytest.approx(kept, rel=0.02)
-        and weights + after[0] < seen.peak < 0.9 * aim
-    )
+    assert 2.2e9 < weights < 2.4e9
+    assert after[0] == pytest.approx(kept, rel=0.02)
+    assert weights + after[0] < seen.peak < 0.9 * aim
 
 
 def test_the_recorder_sees_what_is_forbidden():
@@ -175,7 +173,8 @@ def test_the_recorder_sees_what_is_forbidden():
         for mode in torch.no_grad, torch.inference_mode:
             with recorded(pe) as (seen, model), mode(), sdpa_kernel(kernel):
                 model(torch.zeros(1, T, dtype=torch.long), rows=slice(-1, None))
-            assert seen.largest[0] >= 32 * T * T and seen.peak >= 4 * 32 * T * T
+            assert seen.largest[0] >= 32 * T * T
+            assert seen.peak >= 4 * 32 * T * T
     with recorded() as (seen, model), torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
     assert seen.largest[0] == T * V

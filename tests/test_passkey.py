@@ -222,9 +222,12 @@ def test_heat_map_marks_the_training_length(block_size, marked):
         for t in range(2)
     ]
     lines = figures.heat_map(grid, block_size).splitlines()
-    assert re.findall(r'(\d+) \|', lines[0]) == ([marked] if marked else []) and len(lines) == 6
+    assert re.findall(r'(\d+) \|', lines[0]) == ([marked] if marked else [])
+    assert len(lines) == 6
     half, full, mean = lines[2:5]
-    assert full.count('████') == 2 and '█' not in half and half.count(' . ') == full.count(' . ') == 1
+    assert full.count('████') == 2
+    assert '█' not in half
+    assert half.count(' . ') == full.count(' . ') == 1
     assert re.findall(r'\d+%', mean) == ['75%', '75%', '0%']
 
 

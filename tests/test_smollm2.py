@@ -58,7 +58,8 @@ def test_every_tensor_comes_back_bit_for_bit(folder, ckpt):
     from safetensors.torch import load_file
     run(convert, ckpt, f'{folder}/../back')
     was, back = (load_file(f'{path}/model.safetensors') for path in (folder, f'{folder}/../back'))
-    assert was.keys() == back.keys() and len(back) == 272
+    assert was.keys() == back.keys()
+    assert len(back) == 272
     for name, tensor in was.items():
         assert torch.equal(tensor.view(torch.int32), back[name].view(torch.int32)), name
 

@@ -159,7 +159,8 @@ def test_the_first_step_shows_its_progress_from_the_start(corpus, tmp_path, caps
     run(train, f'{TINY} --steps 2 --min_length 64 --micro_batch 1 --data {corpus} --out {tmp_path}')
     err = capsys.readouterr().err
     assert 'validation:   0%' in err
-    assert 'step 1:   0%|' in err and '/4 [' in err
+    assert 'step 1:   0%|' in err
+    assert '/4 [' in err
     assert 'step 2' not in err
     assert err.endswith('\r')                        # nothing of it is left on the screen
 
@@ -483,7 +484,8 @@ def test_muon_is_that_of_torch():
         close(ours, fp32, tol=0.02)                 # of updates that sum to about 0.3
     for shape in (16, 16), (16, 48), (48, 16):
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape), torch.float32))
-        assert values.min() > 0.5 and values.max() < 1.3
+        assert values.min() > 0.5
+        assert values.max() < 1.3
 
 
 def test_rows_without_bos_stay_so(corpus, tmp_path):
