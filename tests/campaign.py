@@ -171,7 +171,7 @@ def kill_grid(case, rng, out):
     kept = Path(file).read_text() if os.path.exists(file) else ''
     assert wait(start(eval_passkey, flags, '--out', out, log=f'{out}.log')) == [0]
     assert Path(file).read_text() == Path(f'{case.folder}/grid/ckpt.passkey.csv').read_text()
-    assert Path(file ).read_text().startswith(kept)
+    assert Path(file).read_text().startswith(kept)
     return 'goes on with --resume after the last finished batch'
 
 

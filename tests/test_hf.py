@@ -385,7 +385,7 @@ def test_round_trip_is_exact(case, saved, tmp_path):
         np.testing.assert_allclose(b['config']['rope_inv_freq'], a['config']['rope_inv_freq'], rtol=1e-14)
         assert config['rope_scaling']['rope_type'] == dict(pi='linear').get(case, case)
     assert torch.equal(logits(tmp_path / 'a.pt', tokens(2, 90)), logits(tmp_path / 'b.pt', tokens(2, 90)))
-    assert config['max_position_embeddings'] == b['args']['length'] == (100 if more else model.config.block_size )
+    assert config['max_position_embeddings'] == b['args']['length'] == (100 if more else model.config.block_size)
     assert config['tie_word_embeddings'] == (case == 'tied')
     assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (256, 256, None)  # of bytes
     assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt', 'hf']
