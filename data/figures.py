@@ -20,8 +20,10 @@ def pyplot(file):
         fail('--plot needs matplotlib: pip install matplotlib')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    ending = os.path.splitext(file)[1][1:]
-    if ending not in plt.figure().canvas.get_supported_filetypes() or not os.path.isdir(os.path.dirname(file) or '.'):
+    ending = os.path.splitext(file)[1].removeprefix('.')
+    folder = os.path.dirname(file) or '.'
+    known = plt.figure().canvas.get_supported_filetypes()
+    if ending not in known or not os.path.isdir(folder):
         fail(f'--plot {file}: a file name like figure.png, in a folder that exists')
     plt.close('all')
     return plt
@@ -30,14 +32,16 @@ def pyplot(file):
 def write_csv(file, rows):
     """rows: dicts with the same keys."""
     def write(f):
-        w = csv.DictWriter(f, rows[0])
-        w.writeheader()
-        w.writerows(rows)
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
     write_result(file, write)
 
 
 def write_json(file, value):
-    write_result(file, lambda f: json.dump(value, f))
+    def write(f):
+        json.dump(value, f)
+    write_result(file, write)
 
 
 def write_result(file, write):
@@ -72,10 +76,17 @@ def read_json(file):
 
 def default_lengths(config):
     """1/2 1 1.5 2 3 4 6 8 times the training length, as far as the encoding is defined."""
-    lengths = [int(config.block_size * times) for times in (0.5, 1, 1.5, 2, 3, 4, 6, 8)]
-    if config.pe == 'learned':
-        lengths = [n for n in lengths if n <= config.block_size]
+    lengths = []
+    for times in (0.5, 1, 1.5, 2, 3, 4, 6, 8):
+        length = int(config.block_size * times)
+        if config.pe != 'learned' or length <= config.block_size:    # a learned table ends there
+            lengths.append(length)
     return lengths
+
+
+def multiples(lengths, block_size, unit=''):
+    """Labels for lengths, as multiples of the training length: '0.5', '1', '2', each with the unit after it."""
+    return [f'{n / block_size:g}{unit}' for n in lengths]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,42 +94,63 @@ def default_lengths(config):
 
 def accuracy(rows, length, depth=None):
     """Mean of the rows of a csv at this length (and depth)."""
-    hits = [r['accuracy'] for r in rows if r['length'] == length and depth in (None, r['depth'])]
+    hits = []
+    for row in rows:
+        if row['length'] == length and (depth is None or row['depth'] == depth):
+            hits.append(row['accuracy'])
     return float(np.mean(hits))
+
+
+def lengths_and_depths(rows):
+    """What the rows of a csv were measured at, in order: across and down a heat map."""
+    lengths = {row['length'] for row in rows}
+    depths = {row['depth'] for row in rows}
+    return sorted(lengths), sorted(depths)
+
+
+def shade(share):
+    """A cell of the heat map as text: the darker, the more keys were found; a dot is none at all."""
+    if share == 0:
+        return '.'
+    quarter = int(4 * share)                         # 4 only where every key was found
+    return '░▒▓██'[quarter] * 4
 
 
 def heat_map(rows, block_size):
     """Rows of the csv -> text: depths down, lengths across, a bar where the training length ends."""
-    lengths = sorted({r['length'] for r in rows})
-    depths = sorted({r['depth'] for r in rows})
-    inside = [n for n in lengths if n <= block_size]
+    lengths, depths = lengths_and_depths(rows)
+    trained = [n for n in lengths if n <= block_size]
+    last_trained = max(trained, default=None)
 
     def line(head, cells):
         text = f'{head:>7} '
         for n, cell in zip(lengths, cells):
-            text += f'{cell:>6}' + (' |' if inside and n == inside[-1] else '  ')
+            text += f'{cell:>6}'
+            text += ' |' if n == last_trained else '  '
         return text
 
-    def shade(share):
-        return '.' if share == 0 else '░▒▓██'[int(share * 4)] * 4
-
-    lines = [line('length', map(str, lengths)), line('', [f'{n / block_size:g}x' for n in lengths])]
+    lines = [line('length', lengths), line('', multiples(lengths, block_size, 'x'))]
     for depth in depths:
-        lines.append(line(f'{depth:.0%}', [shade(accuracy(rows, n, depth)) for n in lengths]))
-    lines.append(line('mean', [f'{accuracy(rows, n):.0%}' for n in lengths]))
+        cells = [shade(accuracy(rows, n, depth)) for n in lengths]
+        lines.append(line(f'{depth:.0%}', cells))
+    means = [f'{accuracy(rows, n):.0%}' for n in lengths]
+    lines.append(line('mean', means))
     lines.append(f'        depth down; | = training length {block_size}')
     return '\n'.join(lines)
 
 
 def draw(ax, rows, block_size, title):
     """The heat map on an axis of matplotlib."""
-    lengths = sorted({r['length'] for r in rows})
-    depths = sorted({r['depth'] for r in rows})
-    grid = [[accuracy(rows, n, depth) for n in lengths] for depth in depths]
+    lengths, depths = lengths_and_depths(rows)
+    grid = np.empty((len(depths), len(lengths)))
+    for i, depth in enumerate(depths):
+        for j, n in enumerate(lengths):
+            grid[i, j] = accuracy(rows, n, depth)
     ax.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
-    ax.axvline(sum(n <= block_size for n in lengths) - 0.5, color='black', linestyle='--')
+    trained = [n for n in lengths if n <= block_size]
+    ax.axvline(len(trained) - 0.5, color='black', linestyle='--')        # between two columns of cells
     ax.set(title=title, xlabel='length / training length (dashed)', ylabel='depth of the key')
-    ax.set_xticks(range(len(lengths)), [f'{n / block_size:g}' for n in lengths])
+    ax.set_xticks(range(len(lengths)), multiples(lengths, block_size))
     ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths])
 
 
@@ -128,8 +160,8 @@ def draw(ax, rows, block_size, title):
 def entropy_by_position(rows):
     """-> {position: the entropies of all heads}."""
     found = {}
-    for r in rows:
-        found.setdefault(r['position'], []).append(r['entropy'])
+    for row in rows:
+        found.setdefault(row['position'], []).append(row['entropy'])
     return found
 
 
@@ -138,8 +170,12 @@ def extension_tables(results, block_size, rule=None):
     A table of perplexity by length and one of entropy by position, as text, as far as there are rows. rule: by which
     each length has tokens of its own; None where they are the same at every length.
     """
-    ppl = {name: rows for name, (rows, _) in results.items() if rows}
-    entropy = {name: entropy_by_position(rows) for name, (_, rows) in results.items() if rows}
+    ppl, entropy = {}, {}
+    for name, (ppl_rows, entropy_rows) in results.items():
+        if ppl_rows:
+            ppl[name] = ppl_rows
+        if entropy_rows:
+            entropy[name] = entropy_by_position(entropy_rows)
     lines = []
     if ppl:
         lines += perplexity_table(ppl, block_size, rule)
@@ -150,46 +186,61 @@ def extension_tables(results, block_size, rule=None):
 
 def perplexity_table(results, block_size, rule):
     """results: {name: rows of its ppl.csv}"""
-    ppl = list(results.values())
-    scored = [f'{r["tokens"]:,} tokens of {r["docs"]} documents' for r in ppl[0]]
-    where = f'{rule}: other tokens at each length' if rule else f'the same {scored[0]} at every length'
-    lines = [f'\nperplexity: windows of the length named, stride {ppl[0][0]["stride"]}, {where}',
-             '  length          ' + ''.join(f'{name:>18}' for name in results)]
-    for i, r in enumerate(ppl[0]):
-        cells = ''.join(f'{rows[i]["ppl"]:>18.3f}' for rows in ppl)
-        lines.append(f'{r["length"]:>8} {r["length"] / block_size:>5g}x   {cells}')
+    def scored(row):
+        return f'{row["tokens"]:,} tokens of {row["docs"]} documents'
+
+    first = next(iter(results.values()))             # what was scored is the same for every name
+    where = f'the same {scored(first[0])} at every length'
+    if rule:
+        where = f'{rule}: other tokens at each length'
+    names = ''.join(f'{name:>18}' for name in results)
+    lines = [f'\nperplexity: windows of the length named, stride {first[0]["stride"]}, {where}',
+             f'  length          {names}']
+    for i, row in enumerate(first):
+        n = row['length']
+        line = f'{n:>8} {n / block_size:>5g}x   '
+        for rows in results.values():
+            line += f'{rows[i]["ppl"]:>18.3f}'
         if rule:
-            lines[-1] += f'   {scored[i]}'
+            line += f'   {scored(row)}'
+        lines.append(line)
     return lines
 
 
 def entropy_table(results, block_size):
     """results: {name: {position: the entropies of all heads}}"""
+    names = ''.join(f'{name:>22}' for name in results)
     lines = ['\nattention entropy in nats, mean over heads (least to most diffuse head)',
-             ' to position      ' + ''.join(f'{name:>22}' for name in results) + '      uniform attention']
-    by_position = list(results.values())
-    for position in sorted(by_position[0])[3::4]:    # every fourth band
-        cells = ''
-        for found in by_position:
-            values = found[position]
-            text = f'{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})'
-            cells += f'{text:>22}'
-        lines.append(f'{position:>8} {position / block_size:>5g}x   {cells}{math.log(position):>23.2f}')
+             f' to position      {names}      uniform attention']
+    first = next(iter(results.values()))             # the positions are the same for every name
+    for position in sorted(first)[3::4]:             # every fourth band
+        line = f'{position:>8} {position / block_size:>5g}x   '
+        for entropies in results.values():
+            values = entropies[position]
+            mean = sum(values) / len(values)
+            cell = f'{mean:.2f} ({min(values):.2f} to {max(values):.2f})'
+            line += f'{cell:>22}'
+        line += f'{math.log(position):>23.2f}'
+        lines.append(line)
     return lines
 
 
 def plot_extension(results, grid, title, block_size, file):
     """grid (n_layer, n_head): the temperatures, or their slopes."""
-    fig, (left, middle, right) = pyplot(file).subplots(1, 3, figsize=(14, 4), layout='constrained')
+    fig, axes = pyplot(file).subplots(1, 3, figsize=(14, 4), layout='constrained')
+    ppl_ax, entropy_ax, grid_ax = axes
     for name, (ppl, entropy) in results.items():     # --measure may have left one of them out
-        left.plot([r['length'] for r in ppl], [r['ppl'] for r in ppl], marker='o', label=name)
-        found = entropy_by_position(entropy)
-        middle.plot(list(found), [sum(v) / len(v) for v in found.values()], label=name)
-    left.set(xlabel='length', ylabel='perplexity', xscale='log', yscale='log')
-    middle.set(xlabel='position', ylabel='attention entropy (nats)', xscale='log')
-    for ax in left, middle:
+        lengths = [row['length'] for row in ppl]
+        ppl_ax.plot(lengths, [row['ppl'] for row in ppl], marker='o', label=name)
+        by_position = entropy_by_position(entropy)
+        means = [sum(values) / len(values) for values in by_position.values()]
+        entropy_ax.plot(list(by_position), means, label=name)
+    ppl_ax.set(xlabel='length', ylabel='perplexity', xscale='log', yscale='log')
+    entropy_ax.set(xlabel='position', ylabel='attention entropy (nats)', xscale='log')
+    for ax in ppl_ax, entropy_ax:
         ax.axvline(block_size, color='black', linestyle='--', linewidth=1)
         ax.legend()
-    fig.colorbar(right.imshow(grid.numpy(), cmap='viridis', aspect='auto'), ax=right)
-    right.set(xlabel='head', ylabel='layer', title=title)
+    image = grid_ax.imshow(grid.numpy(), cmap='viridis', aspect='auto')
+    fig.colorbar(image, ax=grid_ax)
+    grid_ax.set(xlabel='head', ylabel='layer', title=title)
     fig.savefig(file, dpi=150)

@@ -38,14 +38,64 @@ def difference(pairs):
     error over prompts.
     """
     means = []
-    for of_prompt in zip(*pairs):
-        means.append(statistics.mean(a - b for a, b in of_prompt))
+    for of_prompt in zip(*pairs):                    # one prompt, the pair of each seed
+        by_seed = [a - b for a, b in of_prompt]
+        means.append(statistics.mean(by_seed))
     spread = statistics.stdev(means) if len(means) > 1 else 0
     return statistics.mean(means), spread / len(means) ** 0.5
 
 
 def signs(values, form):
-    return ', '.join(format(value, form) for value in values)
+    return ', '.join([format(value, form) for value in values])
+
+
+def losses_of(file, dtype):
+    """{(seed, row, length): loss} of the csv, as far as it was trained in this precision."""
+    losses = {}
+    for line in read_csv(file):
+        if line.get('dtype', dtype) == dtype:        # older files have no such column
+            losses[int(line['seed']), line['row'], int(line['length'])] = float(line['loss'])
+    if not losses:
+        fail(f'{file} has no rows: make them first (make encodings, or make ablations), or give --csv')
+    return losses
+
+
+def paired(hits, n):
+    """The hits of both rows at n tokens, for each seed a list of pairs, in the same order of prompts."""
+    pairs = []
+    for seed, (first, second) in hits.items():
+        a, b = first[n], second[n]
+        if set(a) != set(b):
+            fail(f'seed {seed}: the two rows were measured on other prompts at {n} tokens: measure them again')
+        pairs.append([(a[prompt], b[prompt]) for prompt in sorted(a)])
+        if len(pairs[0]) != len(pairs[-1]):
+            fail(f'seeds {min(hits)} and {seed} were measured on other prompts at {n} tokens: measure them again')
+    return pairs
+
+
+def shown_keys(pairs):
+    """Two cells: the difference in points with its standard error, and the difference of each seed."""
+    mean, error = difference(pairs)
+    by_seed = []
+    for of_seed in pairs:
+        mean_of_seed, _ = difference([of_seed])
+        by_seed.append(100 * mean_of_seed)
+    same_sign = min(by_seed) * max(by_seed) >= 0
+    star = ''
+    if error and abs(mean) >= 2 * error and same_sign:
+        star = '*'
+    return f'{100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(by_seed, "+.0f")}'
+
+
+def shown_losses(losses, seeds, first, second, n):
+    """Two cells: the mean difference over the seeds that have both losses, and that of each."""
+    by_seed = []
+    for seed in seeds:
+        if (seed, first, n) in losses and (seed, second, n) in losses:
+            by_seed.append(losses[seed, first, n] - losses[seed, second, n])
+    if not by_seed:
+        return '|'
+    return f'{statistics.mean(by_seed):+.4f} | {signs(by_seed, "+.4f")}'
 
 
 def parse_args(argv=None):
@@ -62,43 +112,29 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    plan, machine = Plan(args.scale, args.table, args.out), Machine(args.dtype)
+    plan = Plan(args.scale, args.table, args.out)
+    machine = Machine(args.dtype)
     rows = {row.name: row for row in plan.rows}
     for name in args.rows:
         if name not in rows:
-            fail(f'--table {args.table} has no row "{name}": one of ' + ', '.join(f'"{n}"' for n in rows))
-    file = args.csv or plan.csv
+            known = ', '.join([f'"{row}"' for row in rows])
+            fail(f'--table {args.table} has no row "{name}": one of {known}')
     first, second = args.rows
     seeds = sorted(set(args.seeds))
-    hits = {seed: [trials(plan, rows[name], seed, machine) for name in args.rows] for seed in seeds}
-    losses = {}
-    for line in read_csv(file):
-        if line.get('dtype', args.dtype) == args.dtype:
-            losses[int(line['seed']), line['row'], int(line['length'])] = float(line['loss'])
-    if not losses:
-        fail(f'{file} has no rows: make them first (make encodings, or make ablations), or give --csv')
+    hits = {}                                        # {seed: the trials of both rows}
+    for seed in seeds:
+        hits[seed] = [trials(plan, rows[name], seed, machine) for name in args.rows]
+    losses = losses_of(args.csv or plan.csv, args.dtype)
 
     print(f'{first} less {second}, seeds {",".join(map(str, seeds))}\n')
     print('| at | keys, points | by seed | loss, nats | by seed |\n|---|---|---|---|---|')
-    measured = [set(trial) for pair in hits.values() for trial in pair]
+    measured = []
+    for of_rows in hits.values():
+        measured += map(set, of_rows)                # the lengths of each row and seed
     for n in sorted(set.intersection(*measured)):
-        pairs = []
-        for seed, (a, b) in hits.items():
-            if set(a[n]) != set(b[n]):
-                fail(f'seed {seed}: the two rows were measured on other prompts at {n} tokens: measure them again')
-            pairs.append([(a[n][prompt], b[n][prompt]) for prompt in sorted(a[n])])
-            if len(pairs[0]) != len(pairs[-1]):
-                fail(f'seeds {seeds[0]} and {seed} were measured on other prompts at {n} tokens: measure them again')
-        mean, error = difference(pairs)
-        by_seed = [100 * difference([of_seed])[0] for of_seed in pairs]
-        same_sign = min(by_seed) * max(by_seed) >= 0
-        star = '*' if error and abs(mean) >= 2 * error and same_sign else ''
-        loss = []
-        for seed in seeds:
-            if (seed, first, n) in losses and (seed, second, n) in losses:
-                loss.append(losses[seed, first, n] - losses[seed, second, n])
-        shown = f'{statistics.mean(loss):+.4f} | {signs(loss, "+.4f")}' if loss else '|'
-        print(f'| {n / plan.L:g}x | {100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(by_seed, "+.0f")} | {shown} |')
+        keys = shown_keys(paired(hits, n))
+        loss = shown_losses(losses, seeds, first, second, n)
+        print(f'| {n / plan.L:g}x | {keys} | {loss} |')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import statistics
 
 from data.checkpoint import load_checkpoint
 from data.figures import draw as draw_heat_map
-from data.figures import heat_map, pyplot, read_csv
+from data.figures import heat_map, multiples, pyplot, read_csv
 from results.tables import GROUPS, SHOWN
 
 MEASURES = dict(loss=('loss (nats)', 1, 2), passkey=('passkey (%)', 100, 0))         # unit, factor, decimals
@@ -29,79 +29,130 @@ def cells_of(lines, name, lengths, what):
 
 
 def mean_sd(values, digits):
+    """Mean ± standard deviation as text, as far as there are values for them."""
+    if not values:
+        return ''
     text = f'{statistics.mean(values):.{digits}f}'
     if len(values) > 1:
         text += f' ±{statistics.stdev(values):.{digits}f}'
     return text
 
 
+def run_of(line):
+    """The model behind a line of the csv: (seed, dtype, threads)."""
+    return int(line['seed']), line['dtype'], line['threads']
+
+
 def runs_of(lines):
     """The models behind a table: {(seed, dtype, threads)}."""
-    return {(int(line['seed']), line['dtype'], line['threads']) for line in lines}
+    return {run_of(line) for line in lines}
+
+
+def with_runs(name, measured, runs):
+    """The name of a row; a row that only some of the runs have says how many."""
+    if measured < runs:
+        return f'{name} ({measured} of {runs} runs)'
+    return name
 
 
 def markdown(head, rows):
-    out = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
-    return '\n'.join(out + ['| ' + ' | '.join(row) + ' |' for row in rows])
+    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    for row in rows:
+        lines.append('| ' + ' | '.join(row) + ' |')
+    return '\n'.join(lines)
 
 
 def table(lines, names, lengths, L):
     """A row of the table a line; loss, then passkey accuracy, at multiples of the training length; then the costs."""
+    tables = [caption(lines, L)]
+    for what in MEASURES:
+        tables.append(table_of_measure(lines, names, lengths, L, what))
+    costs = costs_of(lines, names, lengths)
+    if costs:
+        tables.append(markdown(['what extending cost', 'tokens', 'seconds'], costs))
+    return '\n\n'.join(tables)
+
+
+def caption(lines, L):
+    runs = runs_of(lines)
+    seeds = {seed for seed, _, _ in runs}
+    text = f'{len(seeds)} seed'
+    if len(seeds) != 1:
+        text += 's'
+    if len(runs) > len(seeds):
+        text += f', {len(runs)} runs'
+    if len(runs) > 1:
+        text += ', mean ± standard deviation'
+    return f'{text}; training length {L}'
+
+
+def table_of_measure(lines, names, lengths, L, what):
+    unit, factor, digits = MEASURES[what]
     runs = len(runs_of(lines))
-    seeds = len({seed for seed, _, _ in runs_of(lines)})
-    caption = f'{seeds} seed' if seeds == 1 else f'{seeds} seeds'
-    if runs > seeds:
-        caption += f', {runs} runs'
-    if runs > 1:
-        caption += ', mean ± standard deviation'
-    parts = [f'{caption}; training length {L}']
-    at = [f'{n / L:g}x' for n in lengths]
-    for what, (unit, factor, digits) in MEASURES.items():
-        rows = []
-        for name in names:
-            cells = cells_of(lines, name, lengths, what)
-            if any(cells):
-                fewer = f' ({len(cells[0])} of {runs} runs)' if len(cells[0]) < runs else ''
-                rows.append([name + fewer])
-                for values in cells:
-                    rows[-1].append(mean_sd([factor * v for v in values], digits) if values else '')
-        parts.append(markdown([f'{unit} at', *at], rows))
-    costs = []
+    rows = []
     for name in names:
+        cells = cells_of(lines, name, lengths, what)
+        if not any(cells):
+            continue
+        row = [with_runs(name, len(cells[0]), runs)]
+        for values in cells:
+            in_unit = [factor * value for value in values]
+            row.append(mean_sd(in_unit, digits))
+        rows.append(row)
+    return markdown([f'{unit} at', *multiples(lengths, L, 'x')], rows)
+
+
+def costs_of(lines, names, lengths):
+    """[name, tokens, seconds] of each row that read tokens to be extended."""
+    rows = []
+    for name in names:
+        # the cost of a row stands at each of its lengths, so one of them tells it
         found = [line for line in lines if line['row'] == name and int(line['length']) == lengths[0]]
         if found and int(found[0]['tokens'] or 0):
-            seconds = mean_sd([float(line['extended_s']) for line in found], 0)
-            costs.append([name, f'{int(found[0]["tokens"]):,}', seconds])
-    if costs:
-        parts.append(markdown(['what extending cost', 'tokens', 'seconds'], costs))
-    return '\n\n'.join(parts)
+            tokens = int(found[0]['tokens'])
+            seconds = [float(line['extended_s']) for line in found]
+            rows.append([name, f'{tokens:,}', mean_sd(seconds, 0)])
+    return rows
 
 
 def table_of_caches(plan):
-    """What decoding holds at the longest length, in fp32: of each run once."""
+    """What decoding holds at the longest length, in fp32: of each run once, by the name of its first row."""
     n = plan.lengths[-1]
-    runs = {row.run: row for row in reversed(plan.rows)}
+    seen = set()
     rows = []
-    for row in reversed(runs.values()):
-        rows.append([row.name, f'{4 * plan.cached_numbers(row, n) / 1e3:,.0f}'])
+    for row in plan.rows:
+        if row.run not in seen:
+            seen.add(row.run)
+            kilobytes = 4 * plan.cached_numbers(row, n) / 1e3
+            rows.append([row.name, f'{kilobytes:,.0f}'])
     return markdown([f'cache after {n:,} tokens', 'kB'], rows)
 
 
 def table_of_runs(lines, names, lengths, L):
     """Does the claim hold everywhere? Passkey accuracy of each run, and the worst of all."""
     rows = []
+
+    def add_row(label, name, of_lines):
+        cells = cells_of(of_lines, name, lengths, 'passkey')
+        if any(cells):
+            rows.append([label, *map(worst, cells)])
+
     for name in names:
         for run in sorted(runs_of(lines)):
-            own = [line for line in lines if runs_of([line]) == {run}]
             seed, dtype, threads = run
-            label = f'{name}, seed {seed}, {dtype}' + (f', {threads} threads' if threads else '')
-            cells = cells_of(own, name, lengths, 'passkey')
-            if any(cells):
-                rows.append([label] + [f'{100 * values[0]:.0f}' if values else '' for values in cells])
-        cells = cells_of(lines, name, lengths, 'passkey')
-        if any(cells):
-            rows.append([f'{name}, worst'] + [f'{100 * min(values):.0f}' if values else '' for values in cells])
-    return markdown(['passkey (%) of each run at'] + [f'{n / L:g}x' for n in lengths], rows)
+            label = f'{name}, seed {seed}, {dtype}'
+            if threads:
+                label += f', {threads} threads'
+            add_row(label, name, [line for line in lines if run_of(line) == run])
+        add_row(f'{name}, worst', name, lines)
+    return markdown(['passkey (%) of each run at', *multiples(lengths, L, 'x')], rows)
+
+
+def worst(accuracies):
+    """In per cent; empty where nothing was measured."""
+    if not accuracies:
+        return ''
+    return f'{100 * min(accuracies):.0f}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,22 +163,24 @@ def prompts_of(plan, rows, seed, machine):
     found = {}
     for row in rows:
         for file in sorted(glob.glob(f'{plan.row_folder(row, seed, machine)}/*.passkey.csv')):
-            prompts = []
+            prompts = found.setdefault(row.name, [])
             for line in read_csv(file):
-                prompts.append(dict(length=int(line['length']), depth=float(line['depth']),
-                                    accuracy=float(line['accuracy'])))
-            found.setdefault(row.name, []).extend(prompts)
+                length, depth, accuracy = int(line['length']), float(line['depth']), float(line['accuracy'])
+                prompts.append(dict(length=length, depth=depth, accuracy=accuracy))
     return found
 
 
 def shown_rows(plan):
     """The rows that figures show: all of a short table, else those named in tables.py."""
-    return [row for row in plan.rows if row.name in SHOWN or len(plan.rows) <= 8]
+    if len(plan.rows) <= 8:
+        return plan.rows
+    return [row for row in plan.rows if row.name in SHOWN]
 
 
 def print_heat_maps(plan, seed, machine):
-    for name, prompts in prompts_of(plan, shown_rows(plan), seed, machine).items():
-        print(f'\n{name}, seed {seed}: passkey accuracy\n{heat_map(prompts, plan.L)}')
+    prompts = prompts_of(plan, shown_rows(plan), seed, machine)
+    for name, of_row in prompts.items():
+        print(f'\n{name}, seed {seed}: passkey accuracy\n{heat_map(of_row, plan.L)}')
 
 
 def draw(plan, lines, seed, machine, file):
@@ -145,7 +198,8 @@ def draw(plan, lines, seed, machine, file):
         plot_headline(plan, lines, seed, machine, file)
         plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
         return
-    groups = GROUPS.get(plan.table) or {'': [row.name for row in shown_rows(plan)]}
+    shown = {'': [row.name for row in shown_rows(plan)]}
+    groups = GROUPS.get(plan.table, shown)
     plot_table(lines, groups, plan.lengths, plan.L, file)
     plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
     plot_heat_maps(plan, seed, machine, f'{base}-passkey{extension}')
@@ -164,41 +218,49 @@ def plot_lines(ax, lines, names, lengths, L, what, label):
     for name in names:
         cells = cells_of(lines, name, lengths, what)
         at = [i for i, values in enumerate(cells) if values]
-        if at:
-            most = max(map(len, cells))
-            fewer = f' ({most} of {runs} runs)' if most < runs else ''
-            line, = ax.plot(at, [statistics.mean(cells[i]) for i in at], marker='.', label=name + fewer)
-            low, high = [min(cells[i]) for i in at], [max(cells[i]) for i in at]
-            ax.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
+        if not at:
+            continue
+        measured = [cells[i] for i in at]
+        means = [statistics.mean(values) for values in measured]
+        lowest = [min(values) for values in measured]
+        highest = [max(values) for values in measured]
+        most = max(map(len, measured))
+        line, = ax.plot(at, means, marker='.', label=with_runs(name, most, runs))
+        ax.fill_between(at, lowest, highest, color=line.get_color(), alpha=0.15)
     ax.axvline(lengths.index(L), color='black', linestyle='--', linewidth=1)
-    ax.set_xticks(range(len(lengths)), [f'{n / L:g}' for n in lengths])
+    ax.set_xticks(range(len(lengths)), multiples(lengths, L))
     ax.set(xlabel='length / training length (dashed)', ylabel=label)
     if what == 'loss':                               # RoPE's collapse must not flatten the rest
-        lowest = min(float(line['loss']) for line in lines)
-        ax.set_ylim(bottom=0.8 * lowest, top=min(ax.get_ylim()[1], 4 * lowest))
+        best = min(float(line['loss']) for line in lines)
+        limit = min(ax.get_ylim()[1], 4 * best)
+        ax.set_ylim(bottom=0.8 * best, top=limit)
 
 
-def plot_pair(top, below, title, *args):
+def plot_pair(passkey_ax, loss_ax, title, lines, names, lengths, L):
     """Passkey accuracy and loss of the same rows."""
-    plot_lines(top, *args, 'passkey', 'passkey accuracy')
-    plot_lines(below, *args, 'loss', 'loss (nats a token)')
-    top.set(title=title)
-    if top.get_legend_handles_labels()[0]:
-        top.legend(fontsize='small')
+    plot_lines(passkey_ax, lines, names, lengths, L, 'passkey', 'passkey accuracy')
+    plot_lines(loss_ax, lines, names, lengths, L, 'loss', 'loss (nats a token)')
+    passkey_ax.set(title=title)
+    handles, _ = passkey_ax.get_legend_handles_labels()
+    if handles:
+        passkey_ax.legend(fontsize='small')
 
 
 def plot_table(lines, groups, lengths, L, file):
     """groups: {title: names of rows}, three side by side; one alone has its two figures side by side."""
     plt = pyplot(file)
+    pairs = []
     if len(groups) == 1:
         fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-        pairs = [axes]
+        pairs.append(axes)
     else:
-        bands = math.ceil(len(groups) / 3)
+        bands = math.ceil(len(groups) / 3)           # a band: a row of passkey figures, one of losses below it
         fig, axes = plt.subplots(2 * bands, 3, figsize=(13, 6.5 * bands), layout='constrained', sharey='row')
-        pairs = [(axes[2 * band, i], axes[2 * band + 1, i]) for band in range(bands) for i in range(3)]
-    for (top, below), (title, names) in zip(pairs, groups.items()):
-        plot_pair(top, below, title, lines, names, lengths, L)
+        for i in range(len(groups)):
+            band, column = divmod(i, 3)
+            pairs.append((axes[2 * band, column], axes[2 * band + 1, column]))
+    for (passkey_ax, loss_ax), (title, names) in zip(pairs, groups.items()):
+        plot_pair(passkey_ax, loss_ax, title, lines, names, lengths, L)
     save(fig, file)
 
 
@@ -212,8 +274,9 @@ def plot_headline(plan, lines, seed, machine, file):
     columns = max(2, len(prompts))
     fig = plt.figure(figsize=(3 * columns, 7), layout='constrained')
     above, below = fig.subfigures(2, 1)
-    plot_pair(*above.subplots(1, 2), '', lines, plan.names, plan.lengths, plan.L)
-    axes = below.subplots(1, columns, squeeze=False)[0]
+    passkey_ax, loss_ax = above.subplots(1, 2)
+    plot_pair(passkey_ax, loss_ax, '', lines, plan.names, plan.lengths, plan.L)
+    axes = below.subplots(1, columns)
     for ax, (name, of_row) in zip(axes, prompts.items()):
         draw_heat_map(ax, of_row, plan.L, name)
     save(fig, file)
@@ -222,7 +285,8 @@ def plot_headline(plan, lines, seed, machine, file):
 def plot_heat_maps(plan, seed, machine, file):
     """Passkey accuracy by length and depth, one seed."""
     plt = pyplot(file)
-    prompts = prompts_of(plan, [row for row in plan.rows if row.name in SHOWN], seed, machine)
+    rows = [row for row in plan.rows if row.name in SHOWN]
+    prompts = prompts_of(plan, rows, seed, machine)
     if not prompts:
         print(f'{file} needs the runs of seed {seed} in {plan.out}: not drawn')
         return
@@ -239,10 +303,10 @@ def entropy_rows(plan, seed, machine):
     """[(row, its entropy.csv)] of nope and rope as they are, and extended in one way for every length."""
     found = []
     for row in shown_rows(plan):
-        plain = row.run in ('nope', 'rope') and not row.each_length and not row.train_on and not row.times
-        if plain:
-            for file in glob.glob(f'{plan.row_folder(row, seed, machine)}/*.entropy.csv'):
-                found.append((row, file))
+        if row.run not in ('nope', 'rope') or row.each_length or row.train_on or row.times:
+            continue
+        for file in glob.glob(f'{plan.row_folder(row, seed, machine)}/*.entropy.csv'):
+            found.append((row, file))
     return found
 
 
@@ -256,25 +320,39 @@ def plot_entropy(plan, seed, machine, file):
     tuned = [(row, csv) for row, csv in found if row.method in ('head', 'head-log')]
     fig, axes = plt.subplots(1, 1 + len(tuned), figsize=(6 + 3 * len(tuned), 4), layout='constrained',
                              width_ratios=[2] + [1] * len(tuned), squeeze=False)
-    curves = axes[0, 0]
+    curves, *grids = axes[0]
     for row, csv in found:
-        heads = {}                                   # position -> the entropy of each head
-        for line in read_csv(csv):
-            heads.setdefault(int(line['position']), []).append(float(line['entropy']))
-        means = [statistics.mean(values) for values in heads.values()]
-        drawn, = curves.plot(list(heads), means, label=row.name)
-        if not row.method:                           # each head, where that does not hide the rest
-            curves.plot(list(heads), list(heads.values()), color=drawn.get_color(), alpha=0.25, linewidth=0.7)
+        plot_curve(curves, row, csv)
     curves.axvline(plan.L, color='black', linestyle='--', linewidth=1)
     curves.set(xlabel='position (dashed: training length)', ylabel='attention entropy (nats)')
     curves.set_xscale('log', base=2)
     curves.legend(fontsize='small', loc='lower right')
-    for ax, (row, csv) in zip(axes[0, 1:], tuned):
-        extended = load_checkpoint(csv.replace('.entropy.csv', '.pt'))['extended']
-        what, key = ('slope', 'slopes') if row.method == 'head-log' else ('temperature', 'heads')
-        grid = extended[key]
-        fig.colorbar(ax.imshow(grid, cmap='viridis', aspect='auto'), ax=ax)
-        ax.set(xlabel='head', ylabel='layer', title=f'{row.name}: {what}')
-        ax.set_xticks(range(len(grid[0])))
-        ax.set_yticks(range(len(grid)))
+    for ax, (row, csv) in zip(grids, tuned):
+        image = plot_temperatures(ax, row, csv)
+        fig.colorbar(image, ax=ax)
     save(fig, file)
+
+
+def plot_curve(ax, row, csv):
+    """Entropy by position of a row."""
+    heads = {}                                       # position -> the entropy of each head
+    for line in read_csv(csv):
+        heads.setdefault(int(line['position']), []).append(float(line['entropy']))
+    positions = list(heads)
+    means = [statistics.mean(values) for values in heads.values()]
+    drawn, = ax.plot(positions, means, label=row.name)
+    if not row.method:                               # each head, where that does not hide the rest
+        ax.plot(positions, list(heads.values()), color=drawn.get_color(), alpha=0.25, linewidth=0.7)
+
+
+def plot_temperatures(ax, row, csv):
+    """What a tuned row has found for each head -> the image."""
+    extended = load_checkpoint(csv.replace('.entropy.csv', '.pt'))['extended']
+    what, grid = 'temperature', extended['heads']
+    if row.method == 'head-log':
+        what, grid = 'slope', extended['slopes']
+    image = ax.imshow(grid, cmap='viridis', aspect='auto')
+    ax.set(xlabel='head', ylabel='layer', title=f'{row.name}: {what}')
+    ax.set_xticks(range(len(grid[0])))
+    ax.set_yticks(range(len(grid)))
+    return image

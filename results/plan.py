@@ -31,17 +31,20 @@ class Machine:
     @property
     def suffix(self):
         """Of a run's folder: nope-1 where the machine decides, nope-1-fp32, nope-1-fp32-2-threads where it is told."""
-        dtype = '' if self.dtype == 'auto' else f'-{self.dtype}'
-        threads = f'-{self.threads}-threads' if self.threads else ''
-        return dtype + threads
+        suffix = ''
+        if self.dtype != 'auto':
+            suffix += f'-{self.dtype}'
+        if self.threads:
+            suffix += f'-{self.threads}-threads'
+        return suffix
 
 
 class Plan:
     """A table at a scale."""
 
     def __init__(self, scale, table='headline', out='out', text=None, tokenizer=None):
-        synthetic = 'corpora' in SCALES[scale]
         settings = SCALES[scale]
+        synthetic = 'corpora' in settings            # else real text, which has one table only
         if synthetic:
             settings = TABLES[table] | settings
         self.scale, self.table, self.out = scale, table, f'{out}/{scale}'
@@ -54,13 +57,16 @@ class Plan:
         self.measure, self.passkey = settings['measure'], settings['passkey']
         self.dtype, self.processes = settings['dtype'], settings['processes']
         self.about, self.seconds = settings.get('about'), settings.get('seconds')
-        self.csv = f'{self.out}/table.csv' if table == 'headline' else f'results/{scale}.csv'
-        if table in ('encodings', 'layers'):
-            self.csv = f'results/{scale}-{table}.csv'
+        self.csv = f'results/{scale}-{table}.csv'
+        if table == 'headline':
+            self.csv = f'{self.out}/table.csv'
+        if table == 'ablations':
+            self.csv = f'results/{scale}.csv'
         if synthetic:
             self.measured_on = settings['measured_on']
             self.corpora = self.synthetic_corpora(settings)
         else:
+            # your own text serves for both, training and measuring; of what is downloaded, PG19 is for measuring
             self.measured_on = 'text' if text else 'pg19'
             self.corpora = self.text_corpora(settings, text, tokenizer or settings['tokenizer'])
 
@@ -70,43 +76,54 @@ class Plan:
     def synthetic_corpora(self, settings):
         used = {self.measured_on}
         for row in self.rows:
-            used |= {row.corpus} | {self.runs[name].corpus for name in self.chain(row.run)}
+            used.add(row.corpus)
+            for name in self.chain(row.run):
+                used.add(self.runs[name].corpus)
+        sizes = settings.get('tokens', {})           # a scale may want fewer tokens of a corpus
         corpora = {}
         for name, options in settings['corpora'].items():
             if name in used:
-                tokens = settings.get('tokens', {}).get(name, options['tokens'])
                 folder = f'{self.out}/{name}'
-                options = dict(out=folder) | options | dict(tokens=tokens)
+                options = dict(out=folder) | options
+                options['tokens'] = sizes.get(name, options['tokens'])
                 corpora[name] = folder, Command('-m data.passkey.prepare', options)
         return corpora
 
     def text_corpora(self, settings, text, tokenizer):
+        # {name: (script in data/, its arguments, its options)}
         if text:
             sources = dict(text=('text', (text,), dict(val=0.05, tokenizer=tokenizer)))
         else:
-            web = 'slimpajama_starcoder' if self.scale == 'paper' else 'fineweb_edu'
+            web = 'fineweb_edu'
+            if self.scale == 'paper':
+                web = 'slimpajama_starcoder'
             sources = dict(text=(web, (), dict(tokens=settings['tokens'], tokenizer=tokenizer)),
                            pg19=('pg19', (), dict(tokenizer=tokenizer)))
         corpora = {}
-        for name, (source, before, options) in sources.items():
+        for name, source in sources.items():
             # what a text is, its folder must tell: another text gets another one
-            folder = f'{self.out}/{name}-{zlib.crc32(repr((source, before, options)).encode()):08x}'
+            checksum = zlib.crc32(repr(source).encode())
+            folder = f'{self.out}/{name}-{checksum:08x}'
             if text and os.path.exists(f'{text}/meta.json'):         # tokenised beforehand
                 folder = text
-            corpora[name] = folder, Command(f'-m data.{source}.prepare', dict(out=folder) | options, before)
+            script, before, options = source
+            corpora[name] = folder, Command(f'-m data.{script}.prepare', dict(out=folder) | options, before)
         return corpora
 
     def data(self, corpus):
-        return self.corpora[corpus][0]
+        folder, _ = self.corpora[corpus]
+        return folder
 
     def corpora_stages(self):
+        """What makes the corpora that are not there yet."""
         stages = []
         for name, (folder, command) in self.corpora.items():
-            if not os.path.exists(f'{folder}/meta.json'):
-                seconds = 0
-                if self.seconds:
-                    seconds = self.seconds['begin'] + self.seconds['million'] * command.options['tokens'] / 1e6
-                stages.append(Stage(f'corpus {name}', [command], f'{folder}.txt', seconds=seconds))
+            if os.path.exists(f'{folder}/meta.json'):
+                continue
+            seconds = 0
+            if self.seconds:
+                seconds = self.seconds['begin'] + self.seconds['million'] * command.options['tokens'] / 1e6
+            stages.append(Stage(f'corpus {name}', [command], f'{folder}.txt', seconds=seconds))
         return stages
 
     # ------------------------------------------------------------------------------------------------------------
@@ -115,12 +132,16 @@ class Plan:
     def chain(self, name):
         """A run, after those that it starts from."""
         start = self.runs[name].start
-        return (self.chain(start) if start else []) + [name]
+        if not start:
+            return [name]
+        return self.chain(start) + [name]
 
     def train_options(self, name, machine):
         run = self.runs[name]
-        fresh = {} if run.start else dict(preset=self.preset) | self.shape
-        return fresh | run.options | self.train | dict(dtype=machine.dtype)
+        options = run.options | self.train | dict(dtype=machine.dtype)
+        if run.start:                                # it has the shape of the run that it starts from
+            return options
+        return dict(preset=self.preset) | self.shape | options
 
     def extended_length(self, row):
         return int(self.L * (row.times or self.times))
@@ -129,7 +150,9 @@ class Plan:
         """The lengths that extend.py is called for: none, one, or each past the training length."""
         if row.each_length:
             return [n for n in self.row_lengths(row) if n > self.L]
-        return [self.extended_length(row)] if row.method else []
+        if row.method:
+            return [self.extended_length(row)]
+        return []
 
     def extend_options(self, row):
         options = dict(method=row.method, length=self.extended_length(row), dtype=self.dtype)
@@ -146,29 +169,37 @@ class Plan:
 
     def recipe(self, row, machine):
         """All that a row is made with, as text: a row in the csv is made again where it says something else."""
-        parts = []
+        steps = []
+
+        def add(options, corpus):
+            words = ' '.join(flags(options))
+            steps.append(f'{words} on {self.known_as(corpus)}')
+
         for name in self.chain(row.run):
-            parts.append((self.train_options(name, machine), self.runs[name].corpus))
+            add(self.train_options(name, machine), self.runs[name].corpus)
         if row.method:
-            each = dict(each_length=True) if row.each_length else {}
-            parts.append((self.extend_options(row) | each, row.corpus))
+            options = self.extend_options(row)
+            if row.each_length:
+                options['each_length'] = True
+            add(options, row.corpus)
         if row.train_on:
-            parts.append((self.train_on_options(row, machine), row.corpus))
-        measured = dict(lengths=self.row_lengths(row), dtype=self.dtype) | self.measure | self.passkey
-        parts.append((measured, self.measured_on))
-        return ' | '.join(f'{" ".join(flags(options))} on {self.known_as(corpus)}' for options, corpus in parts)
+            add(self.train_on_options(row, machine), row.corpus)
+        add(dict(lengths=self.row_lengths(row), dtype=self.dtype) | self.measure | self.passkey, self.measured_on)
+        return ' | '.join(steps)
 
     def known_as(self, corpus):
         """A corpus by all that makes it, but for where it lies."""
-        command = self.corpora[corpus][1]
-        options = {name: value for name, value in command.options.items() if name != 'out'}
+        _, command = self.corpora[corpus]
+        options = dict(command.options)
+        del options['out']
         return ' '.join([corpus, *command.before, *flags(options)])
 
     def is_current(self, line):
         """Whether a line of the csv stays: it is of another table, or made as it would be now."""
-        rows = [row for row in self.rows if row.name == line['row']]
-        machine = Machine(line['dtype'], int(line['threads'] or 0) or None)
-        return not rows or line['flags'] == self.recipe(rows[0], machine)
+        for row in self.rows:
+            if row.name == line['row']:              # threads are no part of a recipe
+                return line['flags'] == self.recipe(row, Machine(line['dtype']))
+        return True
 
     # ------------------------------------------------------------------------------------------------------------
     # stages
@@ -189,14 +220,20 @@ class Plan:
 
     def row_folder(self, row, seed, machine):
         """Of a row's results: out/tiny/nope-1/nope-head-no-focus for 'NoPE head, no focus'."""
-        return f'{self.folder(row.run, seed, machine)}/{row.name.replace(",", "").replace(" ", "-").lower()}'
+        name = row.name.replace(',', '').replace(' ', '-').lower()
+        return f'{self.folder(row.run, seed, machine)}/{name}'
 
     def stages(self, rows, seed, machine):
         """What makes these rows: their runs, then the rows, those that tune or train first, since they take longest."""
-        rows = sorted(rows, key=lambda row: (not row.train_on, row.method not in TUNED))
-        names = dict.fromkeys(name for row in rows for name in self.chain(row.run))
-        return [self.run_stage(name, seed, machine) for name in names] + \
-               [self.row_stage(row, seed, machine) for row in rows]
+        def order(row):                              # False sorts before True
+            return not row.train_on, row.method not in TUNED
+
+        rows = sorted(rows, key=order)
+        names = {}                                   # of the runs, each once, in the order in which they are needed
+        for row in rows:
+            names |= dict.fromkeys(self.chain(row.run))
+        runs = [self.run_stage(name, seed, machine) for name in names]
+        return runs + [self.row_stage(row, seed, machine) for row in rows]
 
     def command(self, script, options):
         return Command(script, options, processes=self.processes)
@@ -205,10 +242,12 @@ class Plan:
         run, folder = self.runs[name], self.folder(name, seed, machine)
         options = self.train_options(name, machine)
         seconds = 0
-        if self.seconds:                             # of a run that was stopped, what is left
+        if self.seconds:
+            steps = options['steps']
             ckpt = find_checkpoint(folder)
-            trained = load_checkpoint(ckpt)['step'] if ckpt else 0
-            seconds = self.seconds['begin'] + (options['steps'] - trained) * self.seconds['step']
+            if ckpt:                                 # it was stopped: what is left
+                steps -= load_checkpoint(ckpt)['step']
+            seconds = self.seconds['begin'] + steps * self.seconds['step']
         where = dict(data=self.data(run.corpus), seed=seed, resume=True, out=folder)
         after = None
         if run.start:
@@ -234,20 +273,20 @@ class Plan:
 
     def extended_file(self, row, seed, machine, length=None):
         """What extend.py writes: uniform-2048.pt, uniform-logn-2048.pt."""
-        words = filter(None, (row.method, row.options.get('law'), str(length or self.extended_length(row))))
-        return f'{self.row_folder(row, seed, machine)}/{"-".join(words)}.pt'
+        name = row.method
+        if 'law' in row.options:
+            name += f'-{row.options["law"]}'
+        length = length or self.extended_length(row)
+        return f'{self.row_folder(row, seed, machine)}/{name}-{length}.pt'
 
     def row_stage(self, row, seed, machine):
         """Extends and measures a row of a seed."""
         base, folder = self.folder(row.run, seed, machine), self.row_folder(row, seed, machine)
         commands = []
-
-        def extend(options):
-            where = dict(ckpt=base, data=self.data(row.corpus), out=folder, eval_tokens=0)
-            commands.append(self.command('extend.py', where | options))
-
         for n in self.extended_lengths(row):
-            extend(self.extend_options(row) | dict(length=n))
+            where = dict(ckpt=base, data=self.data(row.corpus), out=folder, eval_tokens=0)
+            options = self.extend_options(row) | dict(length=n)
+            commands.append(self.command('extend.py', where | options))
         if row.train_on:
             start = self.extended_file(row, seed, machine)
             where = dict(init_from=start, data=self.data(row.corpus), seed=seed, resume=True, out=f'{folder}/on')
@@ -259,8 +298,9 @@ class Plan:
                 ppl['past'] = max(self.lengths)
             commands.append(self.command('extend.py', common | ppl))
             commands.append(self.command('eval_passkey.py', common | self.passkey))
-        return Stage(f'{row.name}, seed {seed}', commands, f'{folder}.txt', f'{row.run}, seed {seed}',
-                     self.row_seconds(row, len(commands)), row)
+        after = f'{row.run}, seed {seed}'
+        seconds = self.row_seconds(row, len(commands))
+        return Stage(f'{row.name}, seed {seed}', commands, f'{folder}.txt', after, seconds, row)
 
     def row_seconds(self, row, n_commands):
         if not self.seconds:
@@ -277,9 +317,15 @@ class Plan:
         options = dict(PRESETS[self.preset])
         for name in self.chain(row.run):
             options |= self.train_options(name, Machine('auto'))
-        c = GPTConfig(**{name: options[name] for name in GPTConfig.__dataclass_fields__ if name in options})
-        held = sum(min(n, window - 1) if window else n for window in c.layer_window)
-        return 2 * c.n_kv_head * c.head_size * held
+        fields = GPTConfig.__dataclass_fields__      # the others are of training
+        config = GPTConfig(**{name: value for name, value in options.items() if name in fields})
+        tokens = 0                                   # of all layers
+        for window in config.layer_window:
+            if window:
+                tokens += min(n, window - 1)
+            else:
+                tokens += n
+        return 2 * config.n_kv_head * config.head_size * tokens
 
     # ------------------------------------------------------------------------------------------------------------
     # collecting
@@ -290,16 +336,18 @@ class Plan:
         folder = self.row_folder(row, seed, machine)
         tokens, seconds = self.cost(row, seed, machine)
         trained_in = load_checkpoint(self.folder(row.run, seed, machine))['args']['dtype']
+        model = dict(seed=seed, dtype=machine.dtype, threads=machine.threads_text, trained_in=trained_in, row=row.name)
+        cost = dict(tokens=tokens, extended_s=f'{seconds:.0f}', flags=self.recipe(row, machine))
+        kind = 'paper.ppl' if 'protocol' in self.measure else 'ppl'
         lines = []
         for ckpt in self.checkpoints(row, seed, machine):
-            kind = 'paper.ppl' if 'protocol' in self.measure else 'ppl'
             prompts = read_csv(f'{folder}/{stem(ckpt)}.passkey.csv')
             for ppl in read_csv(f'{folder}/{stem(ckpt)}.{kind}.csv'):
                 hits = [int(prompt['accuracy']) for prompt in prompts if prompt['length'] == ppl['length']]
-                lines.append(dict(
-                    seed=seed, dtype=machine.dtype, threads=machine.threads_text, trained_in=trained_in, row=row.name,
-                    length=ppl['length'], loss=f'{float(ppl["nll"]):.4f}', passkey=f'{sum(hits) / len(hits):.4f}',
-                    prompts=len(hits), tokens=tokens, extended_s=f'{seconds:.0f}', flags=self.recipe(row, machine)))
+                loss = f'{float(ppl["nll"]):.4f}'
+                passkey = f'{sum(hits) / len(hits):.4f}'
+                found = dict(length=ppl['length'], loss=loss, passkey=passkey, prompts=len(hits))
+                lines.append(model | found | cost)
         return lines
 
     def cost(self, row, seed, machine):
@@ -311,8 +359,13 @@ class Plan:
             tokens += extended['tokens']
             seconds += extended['seconds']
         if row.train_on:
-            with open(f'{folder}/on/log.jsonl') as f:            # training may have been stopped and resumed in between
-                speeds = [line['tok_s'] for line in map(json.loads, f) if 'tok_s' in line]
+            # by its speed, since training may have been stopped and resumed in between
+            speeds = []
+            with open(f'{folder}/on/log.jsonl') as f:
+                for line in map(json.loads, f):
+                    if 'tok_s' in line:
+                        speeds.append(line['tok_s'])
             trained = load_checkpoint(f'{folder}/on')['tokens']
-            tokens, seconds = tokens + trained, seconds + trained / statistics.median(speeds)
+            tokens += trained
+            seconds += trained / statistics.median(speeds)
         return tokens, seconds
