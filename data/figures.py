@@ -235,8 +235,12 @@ def plot_extension(results, grid, title, block_size, file):
         by_position = entropy_by_position(entropy)
         means = [sum(values) / len(values) for values in by_position.values()]
         entropy_ax.plot(list(by_position), means, label=name)
-    ppl_ax.set(xlabel='length', ylabel='perplexity', xscale='log', yscale='log')
-    entropy_ax.set(xlabel='position', ylabel='attention entropy (nats)', xscale='log')
+    ppl_ax.set(xlabel='length', ylabel='perplexity')
+    entropy_ax.set(xlabel='position', ylabel='attention entropy (nats)')
+    if any(ppl for ppl, _ in results.values()):      # matplotlib has no logarithm of nothing
+        ppl_ax.set(xscale='log', yscale='log')
+    if any(entropy for _, entropy in results.values()):
+        entropy_ax.set(xscale='log')
     for ax in ppl_ax, entropy_ax:
         ax.axvline(block_size, color='black', linestyle='--', linewidth=1)
         ax.legend()

@@ -530,7 +530,7 @@ def main():
             else:
                 survived, seen = tried(f, case, name, n, args.seed, f'{tmp}/{len(table)}')
             failures += n - survived
-            often = ' / '.join(said for said, _ in seen.most_common(3))
+            often = ' / '.join(said.strip() for said, _ in seen.most_common(3))
             table.append(dict(fault=name, tries=n, survived=survived, seen=often))
             print(f'{name}: {survived} of {n}, {time.time() - at:.0f} s', flush=True)
             if args.csv:

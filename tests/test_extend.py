@@ -746,12 +746,14 @@ def test_figures(trained, extended, corpus, tmp_path):
     short = f'--ckpt {trained} --data {corpus} --out {tmp_path}'
     run(extend, HEAD, short, f'--plot {tmp_path}/a.png')
     run(extend, HEAD, short, f'--method head-log --plot {tmp_path}/b.png')
+    run(extend, HEAD, short, f'--measure entropy --plot {tmp_path}/d.png')
+    run(extend, HEAD, short, f'--measure ppl --plot {tmp_path}/e.png')
     run(
         eval_passkey,
         f'--ckpt {extended}/head-128.pt --lengths 96,128 --depths 2 --trials 1 --out {tmp_path}',
         f'--plot {tmp_path}/c.png {CPU}',
     )
-    assert all((tmp_path / f'{x}.png').stat().st_size > 10_000 for x in 'abc')
+    assert all((tmp_path / f'{x}.png').stat().st_size > 10_000 for x in 'abcde')
     check_refused(extend, f'{HEAD} {short}', f'--plot {tmp_path}/nowhere/a.png : --plot folder')
     check_refused(extend, f'{HEAD} {short}', f'--plot {tmp_path}/a.word : --plot figure.png')
 
