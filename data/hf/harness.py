@@ -21,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from data.checkpoint import check_ids, frozen, load_checkpoint, load_model, open_tokenizer
-from data.hf.convert import longest, special_ids
+from data.hf.export_config import longest, special_ids
 from data.kernels import DECODING
 from data.runtime import fail, setup
 from model import KVCache
