@@ -51,7 +51,10 @@ def beginnings(docs, length, stride, tokens):
         fail(f'no document of val.bin has {length:,} to {2 * length:,} tokens, which is what rows that begin with a '
              'document are measured on: give --rows anywhere')
     n = min(len(fitting), math.ceil(tokens / stride))
-    return [(fitting[i * len(fitting) // n], length) for i in range(n)]
+    found = []
+    for i in range(n):                               # evenly spaced among them
+        found.append((fitting[i * len(fitting) // n], length))
+    return found
 
 
 def paper_windows(docs, length, stride, tokens):
@@ -60,25 +63,32 @@ def paper_windows(docs, length, stride, tokens):
     and so on inside it. So each length has tokens, and maybe documents, of its own. (With 8 GPUs their 16 workers share
     the budget, and stop after 512 windows in a document; here it is read whole.)
     """
-    every = ((doc, end) for doc in docs for end in range(length, len(doc), stride))
-    windows = list(islice(every, math.ceil(tokens / stride)))
-    if not windows:
+    found = list(islice(ends_inside(docs, length, stride), math.ceil(tokens / stride)))
+    if not found:
         too_short(docs, f'is longer than {length:,} tokens', '--lengths')
-    return windows
+    return found
+
+
+def ends_inside(docs, length, stride):
+    for doc in docs:
+        for end in range(length, len(doc), stride):
+            yield doc, end
 
 
 def too_short(docs, lacks, flags):
-    longest = max(len(doc) for doc in docs)
+    longest = max(map(len, docs))
     fail(f'no document of val.bin {lacks} (the longest has {longest:,}): lower {flags}')
 
 
 def choose_windows(docs, lengths, stride, tokens, paper, past, rows):
     """{length: windows}, by the rule that paper and rows name."""
-    if paper:
-        return {n: paper_windows(docs, n, stride, tokens) for n in lengths}
-    if rows == 'documents':
-        return {n: beginnings(docs, n, stride, tokens) for n in lengths}
-    return dict.fromkeys(lengths, windows(docs, past or max(lengths), stride, tokens))
+    if not paper and rows != 'documents':
+        return dict.fromkeys(lengths, windows(docs, past or max(lengths), stride, tokens))
+    rule = paper_windows if paper else beginnings
+    found = {}
+    for length in lengths:
+        found[length] = rule(docs, length, stride, tokens)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,23 +105,26 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
     if paper or rows == 'documents':
         bos = None                                   # a window is as it comes
     out = []
-    work = {n: len(ends) * n * model.flops_per_token(n) for n, ends in at.items()}
-    began = time.time()
-    bar = tqdm(total=sum(n * len(ends) for n, ends in at.items()), unit='tok', unit_scale=True, desc='perplexity',
-               disable=not env.master, leave=False, dynamic_ncols=True)
+    work, all_tokens = {}, 0                         # work: of each length, in operations
     for length, ends in at.items():
-        own = ends[env.rank::env.world]
+        work[length] = len(ends) * length * model.flops_per_token(length)
+        all_tokens += length * len(ends)
+    began = time.time()
+    bar = tqdm(total=all_tokens, unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False,
+               dynamic_ncols=True)
+    for length, ends in at.items():
+        mine = ends[env.rank::env.world]
         size = max(1, batch_tokens // length)
         total = torch.zeros(1, dtype=torch.float64)
-        for i in range(0, len(own), size):
-            w = anchor([doc[end - length:end] for doc, end in own[i:i + size]], bos).to(env.device)
+        for i in range(0, len(mine), size):
+            x = anchor([doc[end - length:end] for doc, end in mine[i:i + size]], bos).to(env.device)
             with env.autocast():
-                loss = model(w[:, :-1], w[:, -stride:], rows=slice(-stride, None))[1]
-            total += loss.item() * len(w) * stride
+                loss = model(x[:, :-1], x[:, -stride:], rows=slice(-stride, None))[1]
+            total += loss.item() * len(x) * stride
             if bar.n == 0:
-                done = len(w) * env.world / len(ends) * work[length]
+                done = len(x) * env.world / len(ends) * work[length]
                 say_time(env, began, done / sum(work.values()), 'fewer --lengths or --eval_tokens take less')
-            bar.update(len(w) * length * env.world)
+            bar.update(len(x) * length * env.world)
         scored = len(ends) * stride
         nll = env.sum(total).item() / scored
         n_docs = len({id(doc) for doc, _ in ends})
@@ -167,10 +180,10 @@ def entropies(model, docs, T, env, samples=4):
             mask = pos[:, None] - pos < attn.window
         found.append(attention_entropy(q, k, bias=mask))
 
-    own = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)
+    mine = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)
     began = time.time()
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
-    for i, doc in enumerate(own):
+    for i, doc in enumerate(mine):
         found.clear()
         with env.autocast():
             model(anchor([doc[:T]], None).to(env.device), rows=slice(-1, None))
@@ -237,7 +250,9 @@ def measure_base(model, docs, bos, meta, args, env):
     alike = kept.get('made_by') == made_by and all(kept[what] for what in args.measure)
     if alike and args.method != 'none':
         env.print(f'{args.ckpt} was measured before: its numbers are those of {file}')
-        rows = {what: kept[what] if what in args.measure else [] for what in ('ppl', 'entropy')}
+        rows = dict(ppl=[], entropy=[])
+        for what in args.measure:
+            rows[what] = kept[what]
         write_measured(name, **rows, args=args, env=env)
         return rows['ppl'], rows['entropy']
     ppl, entropy = measure(model, name, docs, bos, args, env)
@@ -257,8 +272,10 @@ def rows_so_far(file, note, made_by, columns, resume):
     if resume and os.path.exists(file):
         if read_json(note) != made_by:
             fail(f'{file} is of another checkpoint or other flags: leave out --resume, or choose another --out')
+        rows = []
         try:
-            rows = [{name: kind(r[name]) for name, kind in columns.items()} for r in read_csv(file)]
+            for words in read_csv(file):
+                rows.append({name: kind(words[name]) for name, kind in columns.items()})
         except (KeyError, TypeError, ValueError):
             fail(f'{file} is damaged: leave out --resume, or choose another --out')
         print(f'{file} has {len(rows)} prompts already')

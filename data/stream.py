@@ -51,8 +51,9 @@ def flags(p, argv=None):
     if not 0 < args.val <= 1:
         fail(f'--val {args.val} must be above 0, and at most 1')
     for flag, least in dict(workers=1, tokens=1, seed=0).items():
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            fail(f'--{flag} {getattr(args, flag)} must be at least {least}')
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            fail(f'--{flag} {value} must be at least {least}')
     if args.workers > 1024:
         fail(f'--workers {args.workers} must be at most 1024')
     return args
@@ -85,8 +86,11 @@ def find(c, seed):
     if not found:
         fail(f'{c.source} has no files {c.files}: it has moved; name another one or a local copy')
     if seed is not None:
-        found = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
-    return found if local else [fs.unstrip_protocol(file) for file in found]
+        order = np.random.default_rng(seed).permutation(len(found))
+        found = [found[i] for i in order]
+    if not local:
+        found = [fs.unstrip_protocol(file) for file in found]
+    return found
 
 
 def reason(e):
@@ -98,37 +102,49 @@ def read(c, files, states):
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # lines of json are parsed here: fields that nobody reads may have another form on every line
     parquet = files[0].endswith('.parquet')
-    kind = dict(path='parquet', columns=list(c.columns)) if parquet else dict(path='text')
+    # lines of json are parsed here: fields that nobody reads may have another form on every line
+    kind = dict(path='text')
+    if parquet:
+        kind = dict(path='parquet', columns=list(c.columns))
     texts, n = [], 0
     try:
         lanes = []
         for i in range(min(c.lanes, len(files))):
-            own = files[i::c.lanes]
-            lanes.append(datasets.load_dataset(**kind, data_files=own, split='train', streaming=True))
+            of_lane = files[i::c.lanes]
+            lanes.append(datasets.load_dataset(**kind, data_files=of_lane, split='train', streaming=True))
         for lane, state in zip(lanes, states or []):
             lane.load_state_dict(state)
         for rows in zip_longest(*lanes):
             for row in filter(None, rows):           # None: a lane that has ended
-                text = c.text(row if parquet else json.loads(row['text']))
+                if not parquet:
+                    row = json.loads(row['text'])
+                text = c.text(row)
                 if text:
                     texts.append(text)
                     n += len(text)
             if n >= SHARD:
-                yield texts, [lane.state_dict() for lane in lanes]
+                yield texts, states_of(lanes)
                 texts, n = [], 0
         if texts:
-            yield texts, [lane.state_dict() for lane in lanes]
+            yield texts, states_of(lanes)
     except Exception as e:
         fail(f'{c.source} cannot be read ({reason(e)}): it needs the fields {" and ".join(c.columns)}, and where it is '
              'gated `hf auth login`; after a lost connection the same command goes on from here')
 
 
+def states_of(lanes):
+    return [lane.state_dict() for lane in lanes]
+
+
 def follow():
     """A worker leaves Ctrl-C to the main process, and ends with it, even where that is killed."""
+    def end_with_it():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def encode(file, tokenizer, val, texts, states):
@@ -137,16 +153,18 @@ def encode(file, tokenizer, val, texts, states):
     validation.
     """
     tokenizer = tokenizer_of(tokenizer)
-    raw = [t.encode(errors='replace') for t in texts]                    # half of a surrogate pair is no text
-    # a hash of the text decides, so that no document is in both splits, nor a copy of it
-    held = [int.from_bytes(hashlib.sha256(b).digest()[:6], 'big') < val * 2**48 for b in raw]
-    docs = []
-    for text in (b.decode() for b in raw):
+    docs, for_validation = [], []
+    for text in texts:
+        in_bytes = text.encode(errors='replace')     # half of a surrogate pair is no text
+        text = in_bytes.decode()
+        # a hash of the text decides, so that no document is in both splits, nor a copy of it
+        number = int.from_bytes(hashlib.sha256(in_bytes).digest()[:6], 'big')
+        for_validation.append(number < val * 2**48)
         name = f'the document of {len(text):,} characters that begins with {text.lstrip()[:60]!r}'
         docs.append(np.array(encode_document(tokenizer, text, name), np.min_scalar_type(tokenizer.n_vocab)))
     with open(f'{file}.tmp', 'wb') as f:
         ends = np.cumsum([len(doc) for doc in docs])
-        np.savez(f, ids=np.concatenate(docs), ends=ends, val=held, states=json.dumps(states))
+        np.savez(f, ids=np.concatenate(docs), ends=ends, val=for_validation, states=json.dumps(states))
         f.flush()
         os.fsync(f.fileno())
     os.replace(f'{file}.tmp', file)
@@ -174,6 +192,17 @@ def shards(c, files, folder, args, pool):
         yield waiting.popleft().result()
 
 
+def documents_of(files):
+    """(ids, split) of each document, shard after shard."""
+    for file in files:
+        with np.load(file) as shard:
+            ids, ends, val = shard['ids'], shard['ends'].tolist(), shard['val']
+        start = 0
+        for end, for_validation in zip(ends, val):
+            yield ids[start:end], 'val' if for_validation else 'train'
+            start = end
+
+
 def prepare(args, corpora):
     """
     Writes args.out from {name: Corpus}, one after another: batches are drawn from the whole of train.bin, so their
@@ -183,10 +212,10 @@ def prepare(args, corpora):
     tokenizer = tokenizer_of(args.tokenizer)
     counted = 'val' if args.val == 1 else 'train'
     files = {name: find(c, args.seed) for name, c in corpora.items()}
-    folders, sizes = {}, {}
     # every token twice, less what a run before this one has written
     written = sum(map(os.path.getsize, glob(f'{args.out}/.shards/*/*') + glob(f'{args.out}/.*.tmp')))
     preflight(args.out, 2 * (args.tokens or 0) * np.min_scalar_type(tokenizer.n_vocab).itemsize - written)
+    folders = {}
     for name, c in corpora.items():
         # shards of other flags or files are of no use: they have another folder
         key = repr((name, args.tokenizer, args.val, files[name]))
@@ -194,28 +223,27 @@ def prepare(args, corpora):
         os.makedirs(folders[name], exist_ok=True)
         here = len(glob(f'{folders[name]}/*.npz'))
         print(f'{name}: {len(files[name])} files from {c.source}, {here} shards are here already')
+    sizes = {}                                       # of each corpus: the tokens that each split gets from it
 
     def documents(split):
         for name, c in corpora.items():
-            n, want = dict(train=0, val=0), (args.tokens or np.inf) * c.share
-            for file in shards(c, files[name], folders[name], args, pool):
-                with np.load(file) as shard:
-                    ids, ends, val = shard['ids'], shard['ends'].tolist(), shard['val']
-                for a, b, of in zip([0] + ends, ends, np.where(val, 'val', 'train')):
-                    if n[counted] < want:
-                        size = b - a + (tokenizer.bos is not None)
-                        n[of] += size
-                        bar.update(size * (of == split == counted))
-                        if of == split:
-                            yield ids[a:b]
+            want = (args.tokens or np.inf) * c.share
+            n = sizes[name] = dict(train=0, val=0)
+            for ids, of in documents_of(shards(c, files[name], folders[name], args, pool)):
+                size = len(ids) + (tokenizer.bos is not None)
+                n[of] += size
+                if of == split == counted:
+                    bar.update(size)
+                if of == split:
+                    yield ids
                 if n[counted] >= want:
                     break
             if n[counted] < want < np.inf:
                 fail(f'{c.source} ends after {n[counted]:,} of {want:,.0f} tokens: '
                      'the same command with a lower --tokens uses these')
-            sizes[name] = n
         if not sum(n[split] for n in sizes.values()):
             fail(f'no document for {split}.bin: give more --tokens or another --val')
+
     # spawned, not forked: `datasets` and arrow have threads
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(max_workers=args.workers, mp_context=spawn, initializer=follow)
@@ -225,9 +253,10 @@ def prepare(args, corpora):
     try:
         with lock(f'{args.out}/.shards'), tqdm(total=args.tokens, unit=' tokens', unit_scale=True, disable=None) as bar:
             meta = write_data(args.out, tokenizer, splits, source=dict(files=files, tokens=sizes))
-    except (KeyboardInterrupt, BrokenProcessPool) as e:
-        why = 'Ctrl-C' if isinstance(e, KeyboardInterrupt) else 'a tokenizer process was killed: try fewer --workers'
-        fail(f'stopped ({why}); the same command goes on from here')
+    except KeyboardInterrupt:
+        fail('stopped (Ctrl-C); the same command goes on from here')
+    except BrokenProcessPool:
+        fail('stopped (a tokenizer process was killed: try fewer --workers); the same command goes on from here')
     finally:
         pool.shutdown(cancel_futures=True)
     shutil.rmtree(f'{args.out}/.shards')

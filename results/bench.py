@@ -49,7 +49,7 @@ from data import measure
 from data.checkpoint import frozen, load_checkpoint, load_model
 from data.extension import Corpus
 from data.figures import default_lengths, read_csv, write_csv
-from data.hf import convert
+from data.hf import export
 from data.log import used_memory
 from data.runtime import compiled, fail, int_list, number, parser, positive_int, setup
 from data.tokenizer import get_tokenizer
@@ -481,7 +481,7 @@ def in_transformers(ckpt, env):
     """The network of a checkpoint as a model of transformers that decodes as many tokens as it is told to."""
     from transformers import AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as tmp:
-        convert.write(ckpt, f'{tmp}/hf', 'fp32')
+        export.write(ckpt, f'{tmp}/hf', 'fp32')
         theirs = AutoModelForCausalLM.from_pretrained(f'{tmp}/hf')
     theirs.generation_config.eos_token_id = None     # or it would stop there, or be kept from it
     return theirs.to(env.device).eval()

@@ -21,6 +21,9 @@ import train
 from data import sample
 from data.checkpoint import frozen, load_checkpoint, load_model, save_checkpoint
 from data.hf import convert
+from data.hf.export_config import special_ids
+from data.hf.read_config import read_config
+from data.hf.scaling import read_scaling
 from data.positions import ntk, pi, rope_frequencies, yarn
 from data.runtime import Env
 from data.tokenizer import get_tokenizer
@@ -291,7 +294,7 @@ def test_rope_scaling_is_read(kind, form, tmp_path):
         config.update(rope_parameters=dict(rope_theta=5000.0, **rope or dict(rope_type='default')))
         del config['rope_theta']
     folder(tmp_path / 'hf', {}, config)
-    c, lam, most, tied = convert.read_config(tmp_path / 'hf', None)
+    c, lam, most, tied = read_config(tmp_path / 'hf', None)
     assert (c.block_size, most, c.rope_theta, c.pe, tied, c.norm_eps) == (
         64 if kind == 'llama3' else 32,
         longest,
@@ -368,7 +371,7 @@ def test_round_trip_is_exact(case, saved, tmp_path):
         set_heads(model, lam)
         more = dict(extended=dict(length=100))
     if case == 'llama3':
-        model.config.rope_inv_freq = convert.read_scaling(model.config, SCALINGS[case][0], 32)[0]
+        model.config.rope_inv_freq = read_scaling(model.config, SCALINGS[case][0], 32)[0]
     checkpoint(tmp_path / 'a.pt', model, **more)
     run(convert, tmp_path / 'a.pt', tmp_path / 'hf')
     run(convert, tmp_path / 'hf', tmp_path / 'b.pt')
@@ -467,7 +470,7 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     ]
     for pad, want in (3, 3), (60, None), (None, None):           # one that no embedding has is left out
         (hf / 'config.json').write_text(json.dumps(dict(config, pad_token_id=pad)))
-        assert convert.special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
+        assert special_ids(f'hf:{hf}', 60)['pad_token_id'] == want
     shutil.rmtree(hf)                                # a copy of it stays with the checkpoint
     run(convert, tmp_path / 'a.pt', tmp_path / 'out1')
     assert sorted(os.listdir(tmp_path / 'out1')) == sorted(os.listdir(tmp_path / 'out'))

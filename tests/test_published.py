@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import rope
-from data.hf.convert import read_scaling
+from data.hf.scaling import read_scaling
 from data.positions import alibi_slopes, ntk, rope_frequencies, yarn
 from data.runtime import Env
 from model import GPT, GPTConfig

@@ -18,16 +18,23 @@ from data.runtime import fail, parser
 from data.stream import Corpus, flags, prepare
 
 SHARES = dict(slimpajama=0.693584, starcoder=0.306416)
-KEEP = {f'RedPajama{x}' for x in ('CommonCrawl', 'C4', 'Book', 'ArXiv', 'Wikipedia', 'StackExchange')}
+KEEP = {'RedPajamaCommonCrawl', 'RedPajamaC4', 'RedPajamaBook', 'RedPajamaArXiv', 'RedPajamaWikipedia',
+        'RedPajamaStackExchange'}
 
 
 def slimpajama_text(row):
     """The document, or None if it is of the GitHub part, which StarCoder's data covers."""
     name = row['meta']['redpajama_set_name']
-    if name not in KEEP | {'RedPajamaGithub'}:       # a new spelling would let GitHub in, or the rest out, silently
+    if name == 'RedPajamaGithub':
+        return None
+    if name not in KEEP:                             # a new spelling would let GitHub in, or the rest out, silently
         known = ', '.join(sorted(KEEP))
         fail(f'SlimPajama: a document of the part {name!r}, where only RedPajamaGithub and {known} are known')
-    return row['text'] if name in KEEP else None
+    return row['text']
+
+
+def starcoder_text(row):
+    return row['content']
 
 
 def parse_args(argv=None):
@@ -48,8 +55,7 @@ def main(argv=None):
     slimpajama = Corpus(args.slimpajama, 'data/train-*.parquet', slimpajama_text, ('text', 'meta'),
                         SHARES['slimpajama'])
     # a file holds one programming language, so many are read in turn
-    starcoder = Corpus(args.starcoder, '*/*.parquet', lambda row: row['content'], ('content',), SHARES['starcoder'],
-                       lanes=16)
+    starcoder = Corpus(args.starcoder, '*/*.parquet', starcoder_text, ('content',), SHARES['starcoder'], lanes=16)
     prepare(args, dict(slimpajama=slimpajama, starcoder=starcoder))
 
 

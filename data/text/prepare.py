@@ -22,21 +22,37 @@ from data.tokens import write_data
 
 def find(paths):
     """Files and folders -> {real path: name}, sorted within each folder; a name starts with the folder given."""
+    found = {}                                       # by real path: a file that is reached twice is one document
+    for path in paths:
+        path = os.path.expanduser(path)              # make TEXT=~/books: not every shell does it there
+        if os.path.isfile(path):
+            files = [path]
+        elif os.path.isdir(path):
+            files = files_inside(path)
+        else:
+            fail(f'{path}: no such file or folder')
+        if not files:
+            fail(f'{path}: this folder holds no files')
+        above = os.path.dirname(os.path.abspath(path))
+        for file in sorted(files):
+            found.setdefault(os.path.realpath(file), os.path.relpath(file, above))
+    return found
+
+
+def files_inside(folder):
     def unreadable(e):
         fail(f'{e.filename} cannot be read ({e.strerror})')
 
-    found = {}                                       # by real path: a file that is reached twice is one document
-    for path in map(os.path.expanduser, paths):      # make TEXT=~/books: not every shell does it there
-        files = [path] if os.path.isfile(path) else []
-        if os.path.isdir(path):
-            for folder, inside, names in os.walk(path, onerror=unreadable):
-                inside[:] = [d for d in inside if not d.startswith('.')]
-                files += [os.path.join(folder, n) for n in names if not n.startswith('.')]
-        if not files:
-            fail(f'{path}: ' + ('this folder holds no files' if os.path.isdir(path) else 'no such file or folder'))
-        for f in sorted(files):
-            found.setdefault(os.path.realpath(f), os.path.relpath(f, os.path.dirname(os.path.abspath(path))))
-    return found
+    files = []
+    for where, subfolders, names in os.walk(folder, onerror=unreadable):
+        subfolders[:] = filter(shown, subfolders)    # os.walk goes into those that are left
+        for name in filter(shown, names):
+            files.append(os.path.join(where, name))
+    return files
+
+
+def shown(name):
+    return not name.startswith('.')
 
 
 def read(file):
@@ -80,46 +96,65 @@ def parse_args(argv=None):
     return args
 
 
+def for_validation(docs, seed, share):
+    """
+    The files that --val takes of `docs`, {file: name}. Their order is by a hash of each name: another file more or less
+    hardly changes what the rest is for.
+    """
+    def draw(file):
+        return hashlib.sha256(os.fsencode(f'{seed}/{docs[file]}')).digest()
+
+    n = len(docs)
+    if share < 1:
+        n = min(max(1, round(share * len(docs))), len(docs) - 1)         # at least one for each split
+    return set(sorted(docs, key=draw)[:n])
+
+
 def main(argv=None):
     args = parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
-    docs, val = find(args.files + args.val_files), set(find(args.val_files))
+    docs = find(args.files + args.val_files)
+    val = set(find(args.val_files))
     preflight(args.out, 0)
     # each file is read once before anything is written: what is no text shows now, not after an hour
-    for f in tqdm(list(docs), desc='reading', unit='doc', disable=None):
-        if not read(f):
-            print(f'note: {docs.pop(f)!r} is empty, skipped')
+    for file in tqdm(list(docs), desc='reading', unit='doc', disable=None):
+        if not read(file):
+            print(f'note: {docs.pop(file)!r} is empty, skipped')
     if not args.val_files:
-        # the order is by a hash of each name: another file more or less hardly changes what the rest is for
-        order = sorted(docs, key=lambda f: hashlib.sha256(os.fsencode(f'{args.seed}/{docs[f]}')).digest())
-        share = args.val or 0.05
-        val = set(order if share == 1 else order[:min(max(1, round(share * len(docs))), len(docs) - 1)])
-    # each split: files, and which part of each
-    splits = dict(train=[], val=[])
-    for f in docs:
-        splits['val' if f in val else 'train'].append((f, slice(None)))
+        val = for_validation(docs, args.seed, args.val or 0.05)
+    splits = dict(train=[], val=[])                  # of (file, which part of it)
+    for file in docs:
+        split = 'val' if file in val else 'train'
+        splits[split].append((file, slice(None)))
     if len(docs) == 1 and not args.val_files and args.val != 1:
-        (f,) = docs
-        cut = last_part(read(f), args.val or 0.1)
+        [file] = docs
+        cut = last_part(read(file), args.val or 0.1)
         if cut:
-            splits = dict(train=[(f, slice(0, cut))], val=[(f, slice(cut, None))])
-    if not splits['val'] or not splits['train'] and args.val != 1:
-        empty = 'train' if splits['val'] else 'val'
-        fail(f'no document is left for {empty} ({len(docs)} in all): give more files, or --val 1 for evaluation only')
+            splits = dict(train=[(file, slice(0, cut))], val=[(file, slice(cut, None))])
+    needed = ['val'] if args.val == 1 else ['val', 'train']
+    for split in needed:
+        if not splits[split]:
+            fail(f'no document is left for {split} ({len(docs)} in all): give more files, or --val 1 for evaluation '
+                 'only')
     size = dict(train=0, val=0)                      # bytes
 
     def encode(split):
-        for f, part in tqdm(splits[split], desc=split, unit='doc', disable=None):
-            text = read(f)[part]
+        for file, part in tqdm(splits[split], desc=split, unit='doc', disable=None):
+            text = read(file)[part]
             size[split] += len(text.encode())
-            yield encode_document(tokenizer, text, f)
-    texts = {split: encode(split) for split in splits}
-    source = {split: [docs[f] for f, _ in files] for split, files in splits.items()}
+            yield encode_document(tokenizer, text, file)
+
+    texts, source = {}, {}
+    for split, files in splits.items():
+        texts[split] = encode(split)
+        source[split] = [docs[file] for file, _ in files]
     meta = write_data(args.out, tokenizer, texts, source=source)
-    for s, files in splits.items():
-        n = meta[s]['tokens']
-        print(f'{args.out}/{s}.bin: {n:,} tokens, {len(files):,} documents, the longest {meta[s]["longest"]:,} tokens, '
-              f'{size[s] / max(1, n - len(files)):.2f} bytes a token')
+    for split, files in splits.items():
+        n = meta[split]['tokens']
+        longest = meta[split]['longest']
+        per_token = size[split] / max(1, n - len(files))                 # a document's BOS has no bytes
+        print(f'{args.out}/{split}.bin: {n:,} tokens, {len(files):,} documents, the longest {longest:,} tokens, '
+              f'{per_token:.2f} bytes a token')
 
 
 if __name__ == '__main__':
