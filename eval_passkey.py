@@ -14,7 +14,6 @@ Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out): one row a t
 Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would compile again.
 """
 import os
-import time
 
 import numpy as np
 import torch
@@ -32,9 +31,9 @@ from data.checkpoint import (
     stem,
 )
 from data.figures import accuracy, draw, heat_map, pyplot, write_csv
-from data.measure import rows_so_far
+from data.measure import flops, rows_so_far
 from data.passkey.prompt import make_prompt, usable_lengths
-from data.runtime import check_fused, choose_dtype, finish, int_list, parser, positive_int, say_time, setup
+from data.runtime import Estimate, check_fused, choose_dtype, finish, int_list, parser, positive_int, setup
 
 COLUMNS = dict(length=int, depth=float, trial=int, position=int, accuracy=int, logprob=float)
 
@@ -125,10 +124,10 @@ def main(argv=None):
         cells = [(depth, trial) for trial in range(args.trials) for depth in range(args.depths)]
         todo[n] = [cell for cell in cells if (n, cell[0] / args.depths, cell[1]) not in done]
     total = sum(len(cells) for cells in todo.values())
-    work = sum(len(cells) * n * model.flops_per_token(n) for n, cells in todo.items())
+    work = sum(len(cells) * flops(model, n) for n, cells in todo.items())
     env.print(f'{total:,} prompts, {args.depths * args.trials} at each of {len(lengths)} lengths from {lengths[0]:,} '
               f'to {lengths[-1]:,} tokens')
-    began = time.time()
+    estimate = Estimate(env, work, 'fewer --lengths, --trials or --depths take less')
     with tqdm(total=total, unit='prompt', disable=not env.master, dynamic_ncols=True) as bar:
         for length, cells in todo.items():
             size = env.world * max(1, args.batch_tokens // length)
@@ -141,9 +140,7 @@ def main(argv=None):
                 rows.sort(key=lambda r: (r['length'], r['depth'], r['trial']))
                 if env.master:                       # every finished batch is safe
                     write_csv(file, rows)
-                if bar.n == 0:
-                    share = len(batch) * length * model.flops_per_token(length) / work
-                    say_time(env, began, share, 'fewer --lengths, --trials or --depths take less')
+                estimate.update(len(batch) * flops(model, length))
                 bar.update(len(batch))
                 bar.set_postfix_str(f'length {length}, accuracy {accuracy(rows, length):.0%}')
     how = ', decoded' if args.decode else ''

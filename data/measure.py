@@ -3,7 +3,6 @@ Perplexity by length and the entropy of attention, of any model.
 """
 import math
 import os
-import time
 from contextlib import suppress
 from itertools import islice
 from operator import itemgetter
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from data.checkpoint import fingerprint, stem
 from data.figures import read_csv, read_json, write_csv, write_json
-from data.runtime import fail, say_time
+from data.runtime import Estimate, fail
 from data.tokens import anchor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +93,11 @@ def choose_windows(docs, lengths, stride, tokens, paper, past, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # perplexity and entropy
 
+def flops(model, n):
+    """In proportion to the arithmetic of n tokens: causal attention is half of what flops_per_token counts."""
+    return n * (model.flops_per_token(n) + model.flops_per_token(0)) / 2
+
+
 @torch.inference_mode()
 def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, paper=False, past=None, rows='anywhere'):
     """
@@ -107,9 +111,9 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
     out = []
     work, all_tokens = {}, 0                         # work: of each length, in operations
     for length, ends in at.items():
-        work[length] = len(ends) * length * model.flops_per_token(length)
+        work[length] = len(ends) * flops(model, length)
         all_tokens += length * len(ends)
-    began = time.time()
+    estimate = Estimate(env, sum(work.values()), 'fewer --lengths or --eval_tokens take less')
     bar = tqdm(total=all_tokens, unit='tok', unit_scale=True, desc='perplexity', disable=not env.master, leave=False,
                dynamic_ncols=True)
     for length, ends in at.items():
@@ -121,9 +125,7 @@ def perplexity(model, docs, bos, lengths, stride, tokens, env, batch_tokens, pap
             with env.autocast():
                 loss = model(x[:, :-1], x[:, -stride:], rows=slice(-stride, None))[1]
             total += loss.item() * len(x) * stride
-            if bar.n == 0:
-                done = len(x) * env.world / len(ends) * work[length]
-                say_time(env, began, done / sum(work.values()), 'fewer --lengths or --eval_tokens take less')
+            estimate.update(len(x) * env.world / len(ends) * work[length])
             bar.update(len(x) * length * env.world)
         scored = len(ends) * stride
         nll = env.sum(total).item() / scored
@@ -181,15 +183,14 @@ def entropies(model, docs, T, env, samples=4):
         found.append(attention_entropy(q, k, bias=mask))
 
     mine = tqdm(docs[env.rank::env.world], desc='entropy', disable=not env.master, leave=False, dynamic_ncols=True)
-    began = time.time()
+    estimate = Estimate(env, len(docs), 'shorter --lengths take less, --measure ppl leaves it out')
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
-    for i, doc in enumerate(mine):
+    for doc in mine:
         found.clear()
         with env.autocast():
             model(anchor([doc[:T]], None).to(env.device), rows=slice(-1, None))
         total += torch.stack(found)
-        if i == 0:
-            say_time(env, began, env.world / len(docs), 'shorter --lengths take less, --measure ppl leaves it out')
+        estimate.update(env.world)
     for hook in hooks:
         hook.remove()
     return env.sum(total).cpu() / len(docs)

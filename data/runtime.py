@@ -446,21 +446,34 @@ def listen():
 
 
 LONG = 20                        # seconds: what takes less needs no announcement
+FIRST = 2                        # seconds after which a work tells how long all of it takes: the first calls are slow
 
 
-def say_time(env, began, share, shorter):
+class Estimate:
     """
-    Once, when `share` of a work that `began` is done: how long all of it takes, where that is long, and what makes it
-    `shorter`. Goes above a progress bar.
+    Says once how long a work takes, where that is long, and what makes it `shorter`. Goes above a progress bar. work:
+    all of it, in any unit.
     """
-    seconds = (time.time() - began) / share
-    if env.master and seconds > LONG:
-        about = f'{seconds:.0f} s'
-        if seconds > 100:
-            about = f'{seconds / 60:.0f} min'
-        if seconds > 6000:
-            about = f'{seconds / 3600:.0f} h'
-        tqdm.write(f'this takes about {about}: {shorter}')
+
+    def __init__(self, env, work, shorter):
+        self.env, self.work, self.shorter = env, work, shorter
+        self.began, self.done, self.silent = time.time(), 0, False
+
+    def update(self, done):
+        """So much more of the work is done."""
+        self.done += done
+        elapsed = time.time() - self.began
+        if self.silent or elapsed < FIRST:
+            return
+        self.silent = True
+        seconds = elapsed * self.work / self.done
+        if self.env.master and seconds > LONG:
+            about = f'{seconds:.0f} s'
+            if seconds > 100:
+                about = f'{seconds / 60:.0f} min'
+            if seconds > 6000:
+                about = f'{seconds / 3600:.0f} h'
+            tqdm.write(f'this takes about {about}: {self.shorter}')
 
 
 def lr_factor(step, warmup, decay_steps):

@@ -641,11 +641,12 @@ def test_the_checkpoint_is_measured_once_for_its_extensions(rope, trained, corpu
 
 
 def test_long_measurements_are_announced(trained, corpus, tmp_path, monkeypatch):
-    """What, how long by the first batch, and what makes it shorter."""
+    """What, how long by its first seconds, and what makes it shorter."""
     flags = f'--ckpt {trained} --lengths 64,96 --out {tmp_path} {CPU}'
     measure = f'--method none --eval_tokens 500 --data {corpus}'
     assert 'this takes' not in run(extend, flags, measure)
     monkeypatch.setattr(runtime, 'LONG', 0)
+    monkeypatch.setattr(runtime, 'FIRST', 0)
     said = run(extend, flags, measure)
     assert 'ckpt: perplexity at 2 lengths, 64 to 96 tokens, on 500 tokens each\nthis takes about' in said
     assert 'ckpt: attention entropy on up to 4 documents of 96 tokens\nthis takes about' in said
