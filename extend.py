@@ -9,11 +9,11 @@ Extends a trained checkpoint past its training length, and measures what that do
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/paper --data data/corpus --method head --length 8192
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 
-Any encoding is extended by sharper attention: lambda_h = scale_h + slope_h ln max(1, n / L) for a sequence of n tokens
+Sharper attention extends any encoding: lambda_h = scale_h + slope_h ln max(1, n / L) for a sequence of n tokens
 and the training length L; --law has others, which go by the position of a query. RoPE is also extended by slower
 rotation (fine-tune it with train.py --init_from, --length).
 
-Writes <method>-<length>.pt beside the checkpoint (or in --out), a checkpoint that every script opens, and of both
+Writes <method>-<length>.pt beside the checkpoint (or in --out), which every script opens, and for both of them
   .ppl.csv      perplexity by length (.paper.ppl.csv with --protocol paper: other tokens)
   .entropy.csv  attention entropy in nats of each head in bands of positions, at the longest length
 The checkpoint's own numbers also go to <checkpoint>.measured.json: the next extension reads them there.

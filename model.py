@@ -109,7 +109,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.nkv * self.hs, eps=c.norm_eps)
         # the gain belongs to the model and trains with it; 1-D, so without weight decay
         self.gain = nn.Parameter(torch.ones(self.nh)) if c.qk_gain else None
-        # the temperature of each query head, see GPT.reset_temperatures. 1-D as well; frozen until extend.py asks
+        # the temperature of each query head. 1-D as well; frozen in training, unless law='ssmax' learns the slope
         self.scale = nn.Parameter(torch.empty(self.nh), requires_grad=False)
         self.slope = nn.Parameter(torch.empty(self.nh), requires_grad=False)
 
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        # tables are named pos_, since they come and go with pe; buffers are real even where weights are only shapes
+        # what is named pos_ may be missing from a checkpoint, where pe has changed; buffers are real on meta, too
         if c.pe == 'learned':
             self.pos_embed = nn.Embedding(c.block_size, c.n_embd)
         elif c.pe == 't5':

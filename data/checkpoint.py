@@ -60,6 +60,9 @@ def load_checkpoint(path):
         if os.path.isdir(path):
             files = sorted(f for f in os.listdir(path) if not f.startswith('.'))
             inside = f' (it holds {", ".join(files[:8])})' if files else ''
+        before = os.fspath(path).removesuffix('.pt') + '.prev.pt'
+        if os.path.exists(before):
+            fail(f'no checkpoint at {path}: a save was cut short; the one before is {before}')
         fail(f'no checkpoint at {path}{inside}: train one with train.py --out')
     prev = file.removesuffix('.pt') + '.prev.pt'
     other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''

@@ -44,8 +44,8 @@ class KVCache:
 
 def sample(logits, temperature, top_k=None, top_p=None):
     """
-    logits (B, V) -> token ids (B, 1). top_k: of the k likeliest tokens; top_p: of the fewest likeliest that have this
-    probability together (Holtzman et al. 2020).
+    logits (B, V) -> token ids (B, 1). top_k: from the k likeliest tokens; top_p: from the smallest set of likeliest
+    tokens whose probabilities add up to it (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

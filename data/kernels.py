@@ -1,5 +1,5 @@
 """
-What hardware, precision and memory ask for: attention on the fused kernels of torch, whole or in a window, and the
+Where hardware, precision and memory matter: attention on the fused kernels of torch, whole or in a window, and the
 loss in chunks.
 """
 import math

@@ -358,3 +358,12 @@ def test_a_folder_is_locked_as_long_as_its_process_lives(tmp_path):
     with refused('another run'):
         lock(tmp_path)
     held.close()
+
+
+def test_a_save_that_was_cut_short_names_the_one_before(tmp_path):
+    """A kill between the two renames: the folder opens as the one before, the file's name says where it is."""
+    save_checkpoint(f'{tmp_path}/ckpt.pt', checkpoint(1))
+    os.rename(tmp_path / 'ckpt.pt', tmp_path / 'ckpt.prev.pt')
+    assert load_checkpoint(tmp_path)['step'] == 1
+    with refused('cut short', f'{tmp_path}/ckpt.prev.pt'):
+        load_checkpoint(f'{tmp_path}/ckpt.pt')
