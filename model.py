@@ -42,7 +42,7 @@ class GPTConfig:
     n_embd: int = 2048
     n_inner: int = 5632          # width of the SwiGLU
     pe: str = 'nope'             # of all layers; or a pattern of nope and rope that repeats: 'rope,rope,rope,nope'
-    window: str = '0'            # tokens that a layer sees, itself included, 0 for all; or a pattern: '64,64,64,0'
+    window: str = '0'            # tokens that a layer sees, itself included, 0 for all; or a pattern: '16,16,16,0'
     qk_norm: bool | str = False  # True: RMS-normalise q and k in each head, without gains; 'full': over all heads
                                  # together, with gains, as DroPE does (its app. C and code)
     qk_gain: bool = False        # learn one gain on q for each head, from 1 (the g of QKNorm, Henry et al. 2020)

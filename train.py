@@ -90,7 +90,7 @@ def parse_args(argv=None):
     p.add_argument('--pe', type=encodings, help=f'position encoding (default nope): {" ".join(ENCODINGS)}; or a '
                    'pattern of nope and rope that repeats over the layers: rope,rope,rope,nope')
     p.add_argument('--window', type=windows, help='tokens that a layer sees, itself included, 0 for all '
-                   '(default); or a pattern as for --pe: 64,64,64,0')
+                   '(default); or a pattern as for --pe: 16,16,16,0')
     p.add_argument('--qk_norm', nargs='?', const=True, choices=('full',), help='normalise q and k in each head; '
                    'full: over all heads together, with learned gains')
     p.add_argument('--no-qk_norm', dest='qk_norm', action='store_false', default=None)
