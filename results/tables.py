@@ -184,7 +184,8 @@ GROUPS = dict(layers={
                           'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
 })
 # the rows of every other figure
-SHOWN = ['NoPE', 'NoPE uniform', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform']
+SHOWN = ['NoPE', 'NoPE uniform', 'NoPE LogN', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform',
+         'RoPE+NoPE', 'windowed RoPE+NoPE', 'windowed RoPE+NoPE head']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # real text: NoPE, RoPE, and DroPE that goes on from RoPE for an eighth of its tokens more
