@@ -66,8 +66,9 @@ RECIPES = dict(
     small=dict(steps=8000, batch_tokens=131072, eval_tokens=2**16, micro_batch=32, rows='anywhere',
                optimizer='adamw', lr=1e-3, muon_lr=2e-2, warmup=300),
     # Wang et al. 2024: 50K steps of 2M tokens, lr 3.5e-4; the rest as in TinyLlama, whose cosine ends at 1.43M steps
+    # and whose rows are blocks of packed text without a BOS before them
     tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, eval_tokens=2**16, micro_batch=8,
-                   rows='anywhere', optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
+                   rows='anywhere', bos=False, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
     # no preset: what --init_from a converted checkpoint takes. Learning rate, steps and warm-up are those with which
     # Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama
     finetune=dict(steps=400, batch_tokens=2**16, eval_tokens=2**14, micro_batch=1, rows='anywhere',

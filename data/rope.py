@@ -1,9 +1,9 @@
 """
 Slower rotation: the methods of extend.py for a model with RoPE. Formulas are in data/positions.py.
 
-LongRoPE (Ding et al. 2024, sec. 3 and alg. 1) searches by evolution; probabilities and retries are those of its code
-(microsoft/LongRoPE). Two things differ from the code and follow the paper: it starts from PI, NTK and YaRN, not from
-YaRN alone, and it searches n-hat.
+LongRoPE (Ding et al. 2024, sec. 3 and alg. 1) searches by evolution: from PI, NTK and YaRN, and for n-hat too, as in
+the paper. Its temperature is that of its code (microsoft/LongRoPE), which differs in other points: results/README.md,
+Protocol.
 """
 import math
 from typing import NamedTuple

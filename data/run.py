@@ -82,7 +82,7 @@ def resolve(args, recipes, config, resumed, parent):
     if run.preset is None:
         run.preset = source['args']['preset'] if source else 'tiny'
     run.benchmark = bool(random_vocab(args.data))    # keeps nothing but its log
-    defaults = dict(recipes[run.preset], length=config.block_size, bos=True)
+    defaults = dict(length=config.block_size, bos=True) | recipes[run.preset]
     if source:
         defaults['bos'] = source['args'].get('bos', True)
     if run.benchmark:                                # its tokens are one document

@@ -1,6 +1,7 @@
 """
 How the best uniform temperature grows with length: fits lambda = 1 + a ln s to checkpoints that extend.py --method
-uniform wrote for several lengths of one model, s = length / training length.
+uniform wrote for several lengths of one model. uniform finds one lambda for all positions past the training length,
+and so s is the typical one of them, in training lengths.
 
     for n in 384 512 768 1024 1536 2048; do
         python extend.py --ckpt out/nope --data data/passkey_long --method uniform --length $n --eval_tokens 0
@@ -35,6 +36,14 @@ def fit(s, lam):
     return float(a), float(1 - ((lam - 1 - a * s) ** 2).sum() / max(1e-12, ((lam - lam.mean()) ** 2).sum()))
 
 
+def typical(times):
+    """
+    The geometric mean of the positions from 1 to `times` training lengths, in training lengths: where 1 + a ln s has
+    its mean over them.
+    """
+    return math.exp(times * math.log(times) / (times - 1) - 1)
+
+
 def parse_args(argv=None):
     p = parser(__doc__)
     p.add_argument('ckpts', nargs='+', metavar='CKPT',
@@ -50,8 +59,9 @@ def main(argv=None):
         how = ckpt['extended']
         if not how or how['method'] != 'uniform' or how.get('law'):
             fail(f'{file} was not made by extend.py --method uniform')
-        if how['length'] > ckpt['config']['block_size']:
-            points.append((how['length'], how['length'] / ckpt['config']['block_size'], lowest(how['curve'])))
+        L = ckpt['config']['block_size']
+        if how['length'] > L:
+            points.append((how['length'], typical(how['length'] / L), lowest(how['curve'])))
     points.sort()
     if len({n for n, _, _ in points}) < 2:
         fail('a fit needs two lengths or more past the training length')
@@ -60,7 +70,7 @@ def main(argv=None):
     for n, s, lam in points:
         log_s = math.log(s)
         ours, paper_10k, paper_50k = 1 + a * log_s, 1 + 0.3010 * log_s, 1 + 0.3973 * log_s
-        print(f'{n:>8} {s:>5g}x {lam:>12.3f} {ours:>12.3f} {paper_10k:>15.3f} {paper_50k:.3f}')
+        print(f'{n:>8} {s:>5.2f}x {lam:>12.3f} {ours:>12.3f} {paper_10k:>15.3f} {paper_50k:.3f}')
     print(f'lambda = 1 + {a:.4f} ln s, R2 {r2:.4f}')
 
 

@@ -258,7 +258,7 @@ def uniforms(trained, corpus, tmp_path):
 
 def test_fit_reads_uniform_checkpoints(uniforms):
     lines = run(fit, f'{uniforms}/uniform-128.pt {uniforms}/uniform-96.pt').splitlines()
-    assert [line.split()[:2] for line in lines[1:3]] == [['96', '1.5x'], ['128', '2x']]
+    assert [line.split()[:2] for line in lines[1:3]] == [['96', '1.24x'], ['128', '1.47x']]
     assert re.fullmatch(r'lambda = 1 \+ -?\d\.\d{4} ln s, R2 -?\d+\.\d{4}', lines[3])
 
 

@@ -260,6 +260,11 @@ def test_without_losses_nothing_is_compared(compared, tmp_path):
         compared('NoPE head', 'NoPE')
 
 
+def test_one_temperature_for_all_positions_past_the_training_length_stands_for_their_mean_logarithm():
+    positions = np.linspace(1, 8, 100_001)
+    assert np.log(fit.typical(8)) == pytest.approx(np.log(positions).mean(), abs=1e-5)
+
+
 def test_the_best_temperature_grows_with_the_logarithm_of_the_length():
     s = np.array([1.5, 2, 4, 8])
     assert fit.fit(s, 1 + 0.3 * np.log(s)) == (pytest.approx(0.3), pytest.approx(1))
