@@ -201,7 +201,8 @@ def draw(plan, lines, seed, machine, file):
     shown = {'': [row.name for row in shown_rows(plan)]}
     groups = GROUPS.get(plan.table, shown)
     plot_table(lines, groups, plan.lengths, plan.L, file)
-    plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
+    if plan.table != 'layers':                       # its entropies are the headline's
+        plot_entropy(plan, seed, machine, f'{base}-entropy{extension}')
     plot_heat_maps(plan, seed, machine, f'{base}-passkey{extension}')
 
 
