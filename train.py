@@ -107,8 +107,8 @@ def parse_args(argv=None):
     p.add_argument('--min_length', type=positive_int, help='each step draws length, length/2, ... down to this')
     p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: with a document that is longer '
                    'than they are, or anywhere')
-    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: yes, or as '
-                   'the checkpoint was trained)')
+    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: yes, but '
+                   'for tinyllama; or as the checkpoint was trained)')
     p.add_argument('--batch_tokens', type=positive_int, help='tokens a step, over all processes')
     p.add_argument('--micro_batch', type=positive_int, help='rows in a forward pass; the rest is accumulation')
     # optimisation; TinyLlama's values unless the recipe says otherwise
