@@ -70,7 +70,7 @@ RECIPES = dict(
     tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, eval_tokens=2**16, micro_batch=8,
                    rows='anywhere', bos=False, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
     # no preset: what --init_from a converted checkpoint takes. Learning rate, steps and warm-up are those with which
-    # Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama
+    # Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama, on 64 times as many tokens a step and without weight decay
     finetune=dict(steps=400, batch_tokens=2**16, eval_tokens=2**14, micro_batch=1, rows='anywhere',
                   optimizer='adamw', lr=2e-5, muon_lr=2e-5, warmup=20),
 )

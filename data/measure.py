@@ -60,7 +60,7 @@ def paper_windows(docs, length, stride, tokens):
     """
     The rule of Wang et al. (their run_ppl.py): document after document, windows that end at `length`, length + stride,
     and so on inside it. So each length has tokens, and maybe documents, of its own. (With 8 GPUs their 16 workers share
-    the budget, and stop after 512 windows in a document; here it is read whole.)
+    the budget, each stopping after 512 windows in all; here there is one, which reads documents whole.)
     """
     found = list(islice(ends_inside(docs, length, stride), math.ceil(tokens / stride)))
     if not found:

@@ -58,7 +58,8 @@ HEADLINE = [
 # ---------------------------------------------------------------------------------------------------------------------
 # further tables
 
-# DroPE: an eighth of the steps more, without RoPE. As its authors do it: a base without QK-norm, which is then
+# DroPE: an eighth of the steps more, without RoPE, at the rates of training; in its paper the last eighth of them, at
+# three times the rate, with a warm-up of 2 to 4 %. As its authors do it: a base without QK-norm, which is then
 # recalibrated with theirs (SmolLM) or without (from scratch)
 WITHOUT_ROPE = dict(pe='nope', steps=200, warmup=60, min_length=64)
 PLAIN = dict(qk_norm=False, qk_gain=False)
