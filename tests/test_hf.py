@@ -395,6 +395,20 @@ def test_round_trip_is_exact(case, saved, tmp_path):
     assert sorted(os.listdir(tmp_path / 'hf')) == ['config.json', 'generation_config.json', 'pytorch_model.bin',]
 
 
+def test_the_papers_tuned_temperatures_come_along(tmp_path):
+    model = build(pe='nope')
+    state = theirs(model.state_dict())
+    tuned = (torch.rand(2, 4) + 1).bfloat16()        # AntNLP/nope_head_scale: one for each query head, in bf16
+    for i in (0, 1):
+        state[f'model.layers.{i}.self_attn.scale_param'] = tuned[i]
+    run(convert, folder(tmp_path / 'hf', state), tmp_path / 'a.pt', '--pe nope')
+    set_heads(model, tuned.float())
+    assert torch.equal(logits(tmp_path / 'a.pt', idx := tokens(2, 90)), model(idx)[0])
+    state['model.layers.0.self_attn.scale_param'] = tuned[0, :2]
+    with refused('model.layers.0.self_attn.scale_param is bfloat16 (2,), not (4,)'):
+        run(convert, folder(tmp_path / 'bad', state), tmp_path / 'b.pt', '--pe nope')
+
+
 def test_temperatures_fold(saved, tmp_path):
     for pe in 'nope', 'rope':
         model = build(pe=pe)

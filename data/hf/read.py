@@ -56,7 +56,7 @@ def read(folder, out, pe):
 def read_model(folder, files, c, temperatures, tied):
     """
     -> the weights under our names. Changes what only they tell: the temperatures, which take up the gains of Qwen3's
-    norms, and whether c has a tied head.
+    norms and the temperatures of Wang et al.'s tuned models, and whether c has a tied head.
     """
     with torch.device('meta'):                       # names and shapes only
         want = GPT(c).state_dict()
@@ -64,9 +64,14 @@ def read_model(folder, files, c, temperatures, tied):
     for name in want:
         if not name.endswith(('scale', 'slope')):
             ours[hf_name(name)] = name
+    layer_of = {f'model.layers.{i}.self_attn.scale_param': i for i in range(c.n_layer)}      # AntNLP/nope_head_scale
     model = {}
     for file in files:
         for name, w in weights(file):
+            if name in layer_of:                     # a temperature for each head, in our unit
+                check_weight(name, w, (c.n_head,), file)
+                temperatures[layer_of[name]] *= w.float()
+                continue
             if name.endswith('rotary_emb.inv_freq'):             # old folders store what config.json says
                 continue
             if c.qk_norm and name.endswith(('.q_norm.weight', '.k_norm.weight')):
@@ -89,7 +94,7 @@ def read_model(folder, files, c, temperatures, tied):
             names += ' ...'
         fail(f'{folder} lacks {len(missing)} weights, {names}: download it again')
     for i, temperature in enumerate(temperatures):
-        model[f'blocks.{i}.attn.scale'] = torch.full((c.n_head,), temperature)
+        model[f'blocks.{i}.attn.scale'] = torch.ones(c.n_head) * temperature
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
     return {name: model[name] for name in want}
 
