@@ -105,9 +105,10 @@ def main(argv=None):
             rng = np.random.default_rng((args.seed, length, depth, trial))
             made.append(make_prompt(tok, length, depth, args.depths, rng))
             check_ids(made[-1][0] + made[-1][1], model.config, tok)
-        scores = score(model, [prompt for prompt, _, _ in made], [answer for _, answer, _ in made], env, args.decode)
+        prompts, answers, positions = zip(*made)
+        scores = score(model, prompts, answers, env, args.decode)
         found = []
-        for (depth, trial), (_, _, position), (hit, logprob) in zip(cells, made, scores):
+        for (depth, trial), position, (hit, logprob) in zip(cells, positions, scores):
             values = (length, depth / args.depths, trial, position, hit, logprob)
             found.append(dict(zip(COLUMNS, values)))
         return found
@@ -134,7 +135,9 @@ def main(argv=None):
             for i in range(0, len(cells), size):
                 batch = cells[i:i + size]
                 own = batch[env.rank::env.world]
-                found = measure(length, own) if own else []
+                found = []
+                if own:
+                    found = measure(length, own)
                 for part in env.gather(found):
                     rows += part
                 rows.sort(key=lambda r: (r['length'], r['depth'], r['trial']))
@@ -143,7 +146,9 @@ def main(argv=None):
                 estimate.update(len(batch) * flops(model, length))
                 bar.update(len(batch))
                 bar.set_postfix_str(f'length {length}, accuracy {accuracy(rows, length):.0%}')
-    how = ', decoded' if args.decode else ''
+    how = ''
+    if args.decode:
+        how = ', decoded'
     env.print(f'\npasskey accuracy of {args.ckpt}, {args.trials} prompts a cell, seed {args.seed}{how}')
     env.print(heat_map(rows, L))
     env.print(file)

@@ -59,6 +59,9 @@ def load_checkpoint(path):
         inside = ''
         if os.path.isdir(path):
             files = sorted(f for f in os.listdir(path) if not f.startswith('.'))
+            if 'config.json' in files:
+                fail(f'{path} is a Hugging Face folder: python -m data.hf.convert {path} out/NAME/ckpt.pt makes a '
+                     'checkpoint of it')
             inside = f' (it holds {", ".join(files[:8])})' if files else ''
         before = os.fspath(path).removesuffix('.pt') + '.prev.pt'
         if os.path.exists(before):

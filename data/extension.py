@@ -187,7 +187,8 @@ def check(args, rope_only, model, env):
     if model.config.law == 'ssmax':
         fail(f'{args.ckpt} has learned its temperatures (scalable softmax): measure it with --method none')
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
-        fail(f'{args.ckpt} has been extended already: start from the checkpoint that train.py wrote')
+        fail(f'{args.ckpt} has been extended already, or was imported with temperatures (YaRN, gains): start '
+             'from a checkpoint without')
     if rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length <= L):
         fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
              f'above {L}: this one is pe={pe}')

@@ -28,7 +28,11 @@ def main(argv=None):
     ckpt = load_checkpoint(args.ckpt)
     model = frozen(load_model(ckpt), env)
     tokenizer = open_tokenizer(ckpt, model.config, args.tokenizer)
-    ids = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    ids = tokenizer.encode(args.prompt)
+    if tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    if not ids:
+        fail(f'{args.ckpt}: its tokenizer has no BOS to begin a document with: give a prompt')
     check_ids(ids, model.config, tokenizer)
     if model.config.pe == 'learned' and len(ids) + args.max_new_tokens > model.config.block_size + 1:
         fail(f'pe=learned ends at {model.config.block_size} tokens: lower --max_new_tokens {args.max_new_tokens}')

@@ -117,8 +117,8 @@ def of_hugging_face(name):
     name = f'hf:{folder}'                            # found from wherever a script is started
     try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as e:
-        fail(f'tokenizer {name}: {str(e).splitlines()[0]}')
+    except Exception as e:                           # every kind of damage has its own
+        fail(f'tokenizer {name} cannot be opened ({" ".join(str(e).split())[:200]}): --tokenizer hf:DIR names another')
 
     def encode(text):
         return tok.encode(text, add_special_tokens=False, split_special_tokens=True)

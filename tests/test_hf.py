@@ -26,7 +26,7 @@ from data.hf.read_config import read_config
 from data.hf.scaling import read_scaling
 from data.positions import ntk, pi, rope_frequencies, yarn
 from data.runtime import Env
-from data.tokenizer import get_tokenizer
+from data.tokenizer import Tokenizer, get_tokenizer
 from data.tokens import open_data, write_data
 from model import GPT, GPTConfig
 
@@ -407,6 +407,33 @@ def test_the_papers_tuned_temperatures_come_along(tmp_path):
     state['model.layers.0.self_attn.scale_param'] = tuned[0, :2]
     with refused('model.layers.0.self_attn.scale_param is bfloat16 (2,), not (4,)'):
         run(convert, folder(tmp_path / 'bad', state), tmp_path / 'b.pt', '--pe nope')
+
+
+def test_slopes_are_exported_as_they_are_at_the_length_that_they_were_found_for(saved, tmp_path):
+    model = build(pe='nope')
+    set_heads(model, torch.rand(2, 4), 'slope')
+    known_up_to = dict(preset='tiny', length=128)    # an import with scaled RoPE, say
+    checkpoint(tmp_path / 'a.pt', model, extended=dict(length=64), args=known_up_to)
+    assert 'as they are at 64 tokens' in run(convert, tmp_path / 'a.pt', tmp_path / 'hf')
+    run(convert, tmp_path / 'hf', tmp_path / 'b.pt')
+    close(logits(tmp_path / 'b.pt', idx := tokens(2, 64)), model(idx)[0])
+
+
+def test_a_folder_that_is_missing_or_not_converted_yet_is_named(tmp_path):
+    with refused('is neither a Hugging Face folder'):
+        run(convert, tmp_path / 'missing', tmp_path / 'a.pt', '--pe nope')
+    hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
+    with refused(f'{hf} is a Hugging Face folder: python -m data.hf.convert {hf}'):
+        load_checkpoint(str(hf))
+
+
+def test_a_tokenizer_without_bos_begins_with_the_prompt(tmp_path, monkeypatch):
+    checkpoint(tmp_path / 'a.pt', build(pe='nope', vocab_size=257))
+    letters = Tokenizer('letters', 257, None, lambda text: list(text.encode()), lambda ids: bytes(ids).decode('latin1'))
+    monkeypatch.setattr(sample, 'open_tokenizer', lambda *_: letters)
+    assert '\nabc' in run(sample, tmp_path / 'a.pt', 'abc', '--max_new_tokens 3')
+    with refused('has no BOS to begin a document with: give a prompt'):
+        run(sample, tmp_path / 'a.pt')
 
 
 def test_temperatures_fold(saved, tmp_path):

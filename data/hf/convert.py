@@ -43,11 +43,11 @@ def main(argv=None):
             fail('--dtype is for writing a Hugging Face folder; a checkpoint keeps the weights as they are')
         read(args.source.rstrip('/'), args.out, args.pe)
     else:
-        if args.pe:
-            fail('--pe is for reading a Hugging Face folder; to drop RoPE from a checkpoint: train.py --init_from')
         if not find_checkpoint(args.source):
             fail(f'{args.source} is neither a Hugging Face folder (with config.json; hf download NAME --local-dir DIR '
                  'gets one) nor a checkpoint')
+        if args.pe:
+            fail('--pe is for reading a Hugging Face folder; to drop RoPE from a checkpoint: train.py --init_from')
         if args.out.endswith(('.pt', '.bin', '.safetensors', '.gguf')):
             fail(f'{args.out}: a checkpoint becomes a Hugging Face folder, so name a folder')
         write(load_checkpoint(args.source), args.out, args.dtype or 'fp32')

@@ -23,7 +23,8 @@ def write(ckpt, folder, dtype):
     with torch.device('meta'):                       # do the weights fit?
         c = load_model(ckpt).config
     model, n = ckpt['model'], longest(ckpt)
-    check_exportable(c, model, n)
+    sloped_at = (ckpt.get('extended') or {}).get('length') or n      # the length that slopes are frozen at
+    check_exportable(c, model, sloped_at)
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -32,7 +33,7 @@ def write(ckpt, folder, dtype):
     tied = torch.equal(model['embed.weight'], model['lm_head.weight'])
     sloped = has_slopes(model)
     ids = special_ids(ckpt['tokenizer'], c.vocab_size)
-    temperatures = temperatures_at(n, model, c)
+    temperatures = temperatures_at(sloped_at, model, c)
     wide = written_heads(c, temperatures)
     config, with_scaling = hf_config(c, wide, n, tied, dtype, ids)
     size = sum(w.numel() for w in model.values()) * DTYPES[dtype].itemsize
@@ -65,7 +66,7 @@ def write(ckpt, folder, dtype):
     if c.pe == 'rope' and config['rope_scaling']:
         said += f', RoPE {config["rope_scaling"]["rope_type"]}'
     if sloped:
-        said += f'; temperatures as they are at {n} tokens, at every length'
+        said += f'; temperatures as they are at {sloped_at} tokens, at every length'
     if wide is not c:
         said += f'; heads of {wide.head_size} instead of {c.head_size}, which each have a temperature'
     print(said)
@@ -76,7 +77,7 @@ def write(ckpt, folder, dtype):
         print(f'warning: llama.cpp rotates {rotated}, so a GGUF of this folder would be silently wrong')
 
 
-def check_exportable(c, model, longest):
+def check_exportable(c, model, sloped_at):
     """Ends the program where no network of transformers computes what this one does."""
     none = 'has it, so it cannot be exported'
     if not set(c.layer_pe) <= {'rope', 'nope'}:
@@ -84,7 +85,7 @@ def check_exportable(c, model, longest):
     sloped = has_slopes(model)
     if sloped and c.law != 'length':
         fail(f'law {c.law} goes by the position of a query, which no fixed matrix knows: no architecture here {none}')
-    if sloped and longest <= c.block_size:
+    if sloped and sloped_at <= c.block_size:
         fail(f'slope: the temperatures of this checkpoint go by the length, and it knows none past {c.block_size} to '
              'be frozen at: convert the one that extend.py wrote')
     if c.qk_norm == 'full':

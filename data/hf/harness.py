@@ -75,6 +75,8 @@ class NanoNoPE(TemplateLM):
 
     @property
     def eot_token_id(self):
+        if self.tok.bos is None:
+            fail(f'the tokenizer {self.tok.name} has neither a BOS nor an EOS, which this task begins a text with')
         return self.tok.bos                          # it begins a document, and so ends the one before
 
     @property

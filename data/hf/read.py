@@ -28,7 +28,7 @@ def read(folder, out, pe):
     out = os.path.join(os.path.dirname(out) or '.', os.path.basename(out))
     preflight(os.path.dirname(out), size)
 
-    temperatures = [1.0] * c.n_layer                 # of the heads of each layer
+    temperatures = torch.ones(c.n_layer, c.n_head, dtype=torch.float64)
     for layer, kind in enumerate(c.layer_pe):
         if kind == 'rope':                           # whose scaling brings it along
             temperatures[layer] = temperature
@@ -47,10 +47,15 @@ def read(folder, out, pe):
     if c.rope_inv_freq:
         said += ', scaled RoPE'
     print(f'{said}, tokenizer hf:{folder}')
-    if tokenizer:
-        bos = tokenizer.bos_token or tokenizer.eos_token
+    bos = tokenizer and (tokenizer.bos_token or tokenizer.eos_token)
+    if bos:
         print(f'documents and prompts begin with {bos!r}, its BOS; rows of text are as they come, unless train.py and '
               'extend.py are given --bos')
+    elif tokenizer:
+        print('note: the tokenizer has neither a BOS nor an EOS, so nothing stands before documents and prompts')
+    else:
+        print(f'note: no tokenizer of {folder} could be opened, with transformers: text needs --tokenizer hf:DIR, and '
+              'whether data belongs to this model cannot be checked')
 
 
 def read_model(folder, files, c, temperatures, tied):
@@ -70,7 +75,7 @@ def read_model(folder, files, c, temperatures, tied):
         for name, w in weights(file):
             if name in layer_of:                     # a temperature for each head, in our unit
                 check_weight(name, w, (c.n_head,), file)
-                temperatures[layer_of[name]] *= w.float()
+                temperatures[layer_of[name]] *= w
                 continue
             if name.endswith('rotary_emb.inv_freq'):             # old folders store what config.json says
                 continue
@@ -93,8 +98,8 @@ def read_model(folder, files, c, temperatures, tied):
         if len(missing) > 3:
             names += ' ...'
         fail(f'{folder} lacks {len(missing)} weights, {names}: download it again')
-    for i, temperature in enumerate(temperatures):
-        model[f'blocks.{i}.attn.scale'] = torch.ones(c.n_head) * temperature
+    for i in range(c.n_layer):
+        model[f'blocks.{i}.attn.scale'] = temperatures[i].float()
         model[f'blocks.{i}.attn.slope'] = torch.zeros(c.n_head)
     return {name: model[name] for name in want}
 
