@@ -92,16 +92,13 @@ ABLATIONS = HEADLINE + [
     Row('NoPE uniform, rows from anywhere', 'nope-anywhere', 'uniform', dict(rows='documents')),
 ]
 
-# training on takes the tokens that head tuning reads with its grid, 851,968, or five times as many
+# training on takes the tokens that head tuning reads with its grid, 851,968
 TRAIN_ON = dict(batch_tokens=8192, micro_batch=8, optimizer='adamw', lr=3e-4, warmup=10, steps=104)
-TRAIN_ON_5X = TRAIN_ON | dict(steps=520)
 ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('NoPE uniform, at each length', 'nope', 'uniform', each_length=True),
     Row('NoPE uniform-log', 'nope', 'uniform-log'),
     Row('NoPE head-log', 'nope', 'head-log'),
-    Row('NoPE head, tuned at 2x', 'nope', 'head', times=2),
     Row('NoPE head-log, tuned at 2x', 'nope', 'head-log', times=2),
-    Row('NoPE head, tuned at 4x', 'nope', 'head', times=4),
     Row('NoPE head-log, tuned at 4x', 'nope', 'head-log', times=4),
     Row('learned', 'learned'),
     Row('sinusoidal', 'sinusoidal'),
@@ -119,13 +116,10 @@ ENCODINGS_ROWS = HEADLINE[:3] + [
     Row('RoPE dynamic YaRN', 'rope', 'yarn', each_length=True),
     Row('RoPE LongRoPE', 'rope', 'longrope', dict(population=16, iterations=10)),
     Row('RoPE PI, trained on', 'rope', 'pi', train_on=TRAIN_ON),
-    Row('RoPE PI, trained on 5x', 'rope', 'pi', train_on=TRAIN_ON_5X),
     Row('RoPE YaRN, trained on', 'rope', 'yarn', train_on=TRAIN_ON),
-    Row('RoPE YaRN, trained on 5x', 'rope', 'yarn', train_on=TRAIN_ON_5X),
     Row('DroPE', 'drope'),
     Row('DroPE uniform', 'drope', 'uniform'),
     Row('DroPE head', 'drope', 'head'),
-    Row('DroPE head-log', 'drope', 'head-log'),
     Row('RoPE, no QK-norm', 'rope-no-qk-norm'),
     Row("DroPE, the authors' QK-norm", 'drope-authors'),
     Row("DroPE uniform, the authors' QK-norm", 'drope-authors', 'uniform'),
@@ -172,17 +166,14 @@ GROUPS = dict(layers={
 }, encodings={
     'position encodings': ['NoPE', 'learned', 'sinusoidal', 'T5', 'ALiBi', 'RoPE', 'T5, no QK-norm',
                            'ALiBi, no QK-norm'],
-    'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform, at each length', 'NoPE uniform-log', 'NoPE head',
-                        'NoPE head-log'],
-    'NoPE, tuned at 2x and 4x': ['NoPE', 'NoPE head, tuned at 2x', 'NoPE head-log, tuned at 2x',
-                                 'NoPE head, tuned at 4x', 'NoPE head-log, tuned at 4x'],
+    'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform, at each length', 'NoPE head'],
+    'NoPE, one tuning for every length': ['NoPE uniform-log', 'NoPE head-log', 'NoPE head-log, tuned at 4x',
+                                          'NoPE head-log, tuned at 2x'],
     'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE NTK, factor from the grid', 'RoPE dynamic NTK',
                         'RoPE YaRN', 'RoPE dynamic YaRN', 'RoPE LongRoPE'],
-    'RoPE, stretched and trained on': ['RoPE YaRN', 'RoPE PI, trained on', 'RoPE PI, trained on 5x',
-                                       'RoPE YaRN, trained on', 'RoPE YaRN, trained on 5x'],
-    'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', 'DroPE head-log',
-                          "DroPE, the authors' QK-norm", "DroPE uniform, the authors' QK-norm",
-                          'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
+    'RoPE, stretched and trained on': ['RoPE PI', 'RoPE PI, trained on', 'RoPE YaRN', 'RoPE YaRN, trained on'],
+    'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', "DroPE, the authors' QK-norm",
+                          "DroPE uniform, the authors' QK-norm", 'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
 })
 # the rows of every other figure
 SHOWN = ['NoPE', 'NoPE uniform', 'NoPE LogN', 'NoPE head', 'NoPE head-log', 'RoPE', 'RoPE YaRN', 'DroPE uniform',
