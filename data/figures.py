@@ -109,11 +109,11 @@ def lengths_and_depths(rows):
 
 
 def shade(share):
-    """A cell of the heat map as text: the darker, the more keys were found; a dot is none at all."""
+    """A cell of the heat map as text: full where every key was found, else the darker the more; a dot is none."""
     if share == 0:
         return '.'
-    quarter = int(4 * share)                         # 4 only where every key was found
-    return '░▒▓██'[quarter] * 4
+    third = int(3 * share)                           # 3 only where every key was found
+    return '░▒▓█'[third] * 4
 
 
 def heat_map(rows, block_size):

@@ -65,14 +65,17 @@ def test_every_tensor_comes_back_bit_for_bit(folder, ckpt):
 
 
 def test_the_table_in_small(folder, tmp_path):
-    """Every step from the folder to the table; transformers finds our perplexity and our keys."""
+    """Every step from the folder to the table and its figure; transformers finds our perplexity and our keys."""
+    pytest.importorskip('matplotlib')
     (tmp_path / 'text').mkdir()
     for name in 'abcd':
         (tmp_path / f'text/{name}.txt').write_text(name + 40 * TEXT)
     out = os.path.dirname(folder)
     smollm2.main([
         '--text', f'{tmp_path}/text', '--lengths', '160,200', '--tuned_length', '64', '--methods', 'yarn,uniform',
-        '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv'])
+        '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv',
+        '--plot', f'{tmp_path}/table.png'])
+    assert os.path.getsize(tmp_path / 'table.png') > 10_000
     found = {(r['model'], int(r['length'])): r for r in read_csv(tmp_path / 'table.csv')}
     for n in 160, 200:
         for ours, other in ('as it is', 'as it is, transformers'), ('YaRN for 16,384', 'YaRN, transformers'):
