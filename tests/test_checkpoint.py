@@ -166,6 +166,13 @@ def test_a_checkpoint_of_others_is_refused(foreign, out):
         load_checkpoint(out)
 
 
+@pytest.mark.parametrize('name', ['model.safetensors', 'model.gguf'])
+def test_a_file_of_another_library_says_what_makes_a_checkpoint_of_it(tmp_path, name):
+    (tmp_path / name).write_bytes(b'GGUF')
+    with refused(name, 'python -m data.hf.convert'):
+        load_checkpoint(tmp_path / name)
+
+
 @pytest.mark.parametrize('zipped, words', [(True, 'would run code'), (False, 'not a whole checkpoint')])
 def test_a_checkpoint_runs_no_code(zipped, words, out):
     class Trap:
