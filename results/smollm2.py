@@ -2,7 +2,7 @@
 A real model end to end: SmolLM2-135M-Instruct (RoPE, 8,192 tokens) comes in, is extended to twice that by every method
 that RoPE has, is measured, and goes back to transformers, where the numbers must be the same.
 
-    make smollm2 TEXT=~/books                   # from pip install to the table, under an hour on two free cores
+    make smollm2 TEXT=~/books                   # from pip install to the table, 80 minutes on two free cores
     python -m results.smollm2 --text ~/books    # a folder of text files; without it PG-19 and FineWeb-Edu, downloaded
     python -m results.smollm2 --text ~/books --lengths 256,512 --out out/rehearsal --csv out/rehearsal.csv
 
