@@ -2,7 +2,7 @@
 A real model end to end: SmolLM2-135M-Instruct (RoPE, 8,192 tokens) comes in, is extended to twice that by every method
 that RoPE has, is measured, and goes back to transformers, where the numbers must be the same.
 
-    make smollm2 TEXT=~/books                   # from pip install to the table, 80 minutes on two free cores
+    make smollm2 TEXT=~/books                   # from pip install to the table, 75 minutes on two free cores
     python -m results.smollm2 --text ~/books    # a folder of text files; without it PG-19 and FineWeb-Edu, downloaded
     python -m results.smollm2 --text ~/books --lengths 256,512 --out out/rehearsal --csv out/rehearsal.csv
 
@@ -115,8 +115,16 @@ def extended(method, length, text, args):
     return file
 
 
+def cell(ppl, passkeys):
+    """Of the table, for a length: from a row of ppl.csv and rows of passkey.csv. logprob: of the whole key, in nats."""
+    accuracy = np.mean([int(row['accuracy']) for row in passkeys])
+    logprob = np.mean([float(row['logprob']) for row in passkeys])
+    return dict(docs=ppl['docs'], tokens=ppl['tokens'], nll=float(ppl['nll']), ppl=float(ppl['ppl']),
+                prompts=len(passkeys), keys=float(accuracy), logprob=float(logprob))
+
+
 def measured(ckpt, lengths, text, args):
-    """-> {length: (row of its perplexity, share of keys found)}, measured where it is not there yet."""
+    """-> {length: cell}, measured where it is not there yet."""
     def of(kind):
         """{length: rows of its csv}"""
         found = {}
@@ -131,7 +139,7 @@ def measured(ckpt, lengths, text, args):
     if any(len(of('passkey').get(n, [])) < args.depths for n in lengths):
         run(Command('eval_passkey.py', options | dict(depths=args.depths, trials=1, seed=SEED, resume=True)))
     ppl, keys = of('ppl'), of('passkey')
-    return {n: (ppl[n][0], float(np.mean([int(r['accuracy']) for r in keys[n]]))) for n in lengths}
+    return {n: cell(ppl[n][0], keys[n]) for n in lengths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,12 +173,13 @@ def through_transformers(ckpt, lengths, text, args):
     found = {}
     rows = perplexity(model, docs, None, lengths, args.stride, args.eval_tokens, env, 2**14, past=max(args.lengths))
     for row in rows:
-        n, hits = row['length'], []
+        n, passkeys = row['length'], []
         for depth in range(args.depths):
             rng = np.random.default_rng((SEED, n, depth, 0))
             prompt, answer, _ = make_prompt(tok, n, depth, args.depths, rng)
-            hits += [hit for hit, _ in score(model, [prompt], [answer], env)]
-        found[n] = row, float(np.mean(hits))
+            for hit, logprob in score(model, [prompt], [answer], env):
+                passkeys.append(dict(accuracy=hit, logprob=logprob))
+        found[n] = cell(row, passkeys)
     return found
 
 
@@ -178,47 +187,43 @@ def through_transformers(ckpt, lengths, text, args):
 # the table
 
 def write_table(table, args):
-    """table: {name: {length: (row of its perplexity, share of keys found)}}. The csv, and the same as text."""
+    """table: {name: {length: cell}}. The csv, and perplexity and keys as text."""
     rows = []
     for name, found in table.items():
-        for n, (ppl, keys) in found.items():
-            rows.append(dict(model=name, length=n, docs=ppl['docs'], tokens=ppl['tokens'],
-                             nll=f'{float(ppl["nll"]):.6f}', ppl=f'{float(ppl["ppl"]):.3f}', prompts=args.depths,
-                             keys=f'{keys:.2f}'))
+        for n, values in found.items():
+            rounded = dict(nll=f'{values["nll"]:.6f}', ppl=f'{values["ppl"]:.3f}', keys=f'{values["keys"]:.2f}',
+                           logprob=f'{values["logprob"]:.2f}')
+            rows.append(dict(model=name, length=n) | values | rounded)
     write_csv(args.csv, rows)
     lines = ['\nperplexity and passkeys found, by length',
              f'{"":26}' + ''.join(f'{n:>16,}' for n in args.lengths)]
     for name, found in table.items():
-        cells = ''
+        line = f'{name:26}'
         for n in args.lengths:
-            cell = ''
+            text = ''
             if n in found:
-                ppl, keys = found[n]
-                cell = f'{float(ppl["ppl"]):.2f}  {keys:.0%}'
-            cells += f'{cell:>16}'
-        lines.append(f'{name:26}{cells}')
+                text = f'{found[n]["ppl"]:.2f}  {found[n]["keys"]:.0%}'
+            line += f'{text:>16}'
+        lines.append(line)
     print('\n'.join(lines), f'\n{args.csv}', sep='\n', flush=True)
 
 
-def plot(table, L, file):
-    """Loss and share of keys found by length, a line for each row of the table; the training length is dashed."""
-    plt = pyplot(file)
-    fig, (loss_ax, keys_ax) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for name, found in table.items():
-        lengths = list(found)
-        losses = [float(ppl['nll']) for ppl, _ in found.values()]
-        shares = [keys for _, keys in found.values()]
-        loss_ax.plot(lengths, losses, marker='.', label=name)
-        keys_ax.plot(lengths, shares, marker='.', label=name)
-    for ax in loss_ax, keys_ax:
+def plot(table, L, args):
+    """Loss and the key's log-probability by length, a line for each model; the training length is dashed."""
+    plt = pyplot(args.plot)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    labels = dict(nll='loss (nats a token)', logprob='log-probability of the key (nats)')
+    for ax, (column, label) in zip(axes, labels.items()):
+        for name, found in table.items():
+            if not name.endswith('transformers'):    # the same again
+                ax.plot(list(found), [values[column] for values in found.values()], marker='.', label=name)
         ax.axvline(L, color='black', linestyle='--', linewidth=1)
         ax.set_xscale('log', base=2)
-        ax.set(xlabel='tokens (dashed: training length)')
-    loss_ax.set(ylabel='loss (nats a token)')
-    keys_ax.set(ylabel='share of keys found')
-    keys_ax.legend(fontsize='small')
-    fig.savefig(file, dpi=130)
-    print(file)
+        ax.set_xticks(args.lengths, [f'{n:,}' for n in args.lengths])
+        ax.set(xlabel='tokens (dashed: training length)', ylabel=label)
+    axes[1].legend(fontsize='small')
+    fig.savefig(args.plot, dpi=130)
+    print(args.plot)
 
 
 def main(argv=None):
@@ -255,7 +260,7 @@ def main(argv=None):
         table['YaRN, transformers'] = through_transformers(yarn, inside[:2], text, args)
     write_table(table, args)
     if args.plot:
-        plot(table, L, args.plot)
+        plot(table, L, args)
 
 
 if __name__ == '__main__':
