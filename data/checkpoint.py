@@ -67,7 +67,7 @@ def load_checkpoint(path):
         if os.path.exists(before):
             fail(f'no checkpoint at {path}: a save was cut short; the one before is {before}')
         fail(f'no checkpoint at {path}{inside}: train one with train.py --out')
-    if os.fspath(file).endswith(('.safetensors', '.gguf')):
+    if file.endswith(('.safetensors', '.gguf')):
         fail(f'{file} is no checkpoint of train.py or extend.py: python -m data.hf.convert makes one of its folder')
     prev = file.removesuffix('.pt') + '.prev.pt'
     other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''

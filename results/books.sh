@@ -67,6 +67,7 @@ for seed in 1 2; do
     temperatures $seed 2048
     wait $other
 
+    # the table so far
     echo corpus,model,checkpoint,length,stride,docs,tokens,nll,ppl > results/books.csv
     for f in $out/on-*/*/*.ppl.csv; do
         row=$(echo $f | sed 's#.*/on-##; s#/#,#g; s#[.]ppl[.]csv##')

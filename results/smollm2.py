@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument('--depths', type=positive_int, default=2, help='passkey prompts at each length')
     p.add_argument('--out', default='out/smollm2', help='folder of the checkpoints')
     p.add_argument('--csv', default='results/smollm2.csv', help='the table')
-    p.add_argument('--plot', metavar='FILE.png', help='loss and keys by length')
+    p.add_argument('--plot', metavar='FILE.png', help='loss and log-probability of the key by length')
     args = p.parse_args(argv)
     if args.plot:
         pyplot(args.plot)                            # what is missing for it is known before the work
@@ -209,7 +209,7 @@ def write_table(table, args):
 
 
 def plot(table, L, args):
-    """Loss and the key's log-probability by length, a line for each model; the training length is dashed."""
+    """Loss and the key's log-probability by length, a line for each model; the training length is dashed -> axes."""
     plt = pyplot(args.plot)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
     labels = dict(nll='loss (nats a token)', logprob='log-probability of the key (nats)')
@@ -224,6 +224,7 @@ def plot(table, L, args):
     axes[1].legend(fontsize='small')
     fig.savefig(args.plot, dpi=130)
     print(args.plot)
+    return axes
 
 
 def main(argv=None):

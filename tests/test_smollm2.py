@@ -65,17 +65,14 @@ def test_every_tensor_comes_back_bit_for_bit(folder, ckpt):
 
 
 def test_the_table_in_small(folder, tmp_path):
-    """Every step from the folder to the table and its figure; transformers finds our perplexity and our keys."""
-    pytest.importorskip('matplotlib')
+    """Every step from the folder to the table; transformers finds our perplexity and our keys."""
     (tmp_path / 'text').mkdir()
     for name in 'abcd':
         (tmp_path / f'text/{name}.txt').write_text(name + 40 * TEXT)
     out = os.path.dirname(folder)
     smollm2.main([
         '--text', f'{tmp_path}/text', '--lengths', '160,200', '--tuned_length', '64', '--methods', 'yarn,uniform',
-        '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv',
-        '--plot', f'{tmp_path}/table.png'])
-    assert os.path.getsize(tmp_path / 'table.png') > 10_000
+        '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv'])
     found = {(r['model'], int(r['length'])): r for r in read_csv(tmp_path / 'table.csv')}
     for n in 160, 200:
         for ours, other in ('as it is', 'as it is, transformers'), ('YaRN for 16,384', 'YaRN, transformers'):
@@ -84,3 +81,14 @@ def test_the_table_in_small(folder, tmp_path):
             assert a['keys'] == b['keys'] == '1.00'
         assert found['YaRN, dynamic', n]['nll'] == found['as it is', n]['nll']       # nothing changes in the window
         assert found['YaRN for 16,384', n]['nll'] != found['as it is', n]['nll']
+
+
+def test_the_figure_has_a_line_for_each_model(tmp_path):
+    pytest.importorskip('matplotlib')
+    cells = {n: dict(nll=3.0, logprob=-1.0) for n in (160, 200)}
+    table = {'as it is': cells, 'YaRN, dynamic': cells, 'as it is, transformers': cells}
+    args = smollm2.parse_args(['--lengths', '160,200', '--plot', f'{tmp_path}/table.png'])
+    axes = smollm2.plot(table, 200, args)
+    assert os.path.getsize(tmp_path / 'table.png') > 10_000
+    for ax in axes:                                  # and the training length
+        assert [line.get_label() for line in ax.lines][:-1] == ['as it is', 'YaRN, dynamic']
