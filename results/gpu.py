@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data.checkpoint import frozen, preflight, save_checkpoint
+from data.checkpoint import frozen, load_checkpoint, preflight, save_checkpoint
 from data.figures import read_csv, write_csv
 from data.log import peak_flops
 from data.runtime import Env, compiled, fail, parser, setup
 from data.tokenizer import get_tokenizer
 from model import ENCODINGS, GPT, PRESETS, GPTConfig
-from results import bench
+from results import bench, smollm2
 from results.plan import Plan
 
 FULL = SimpleNamespace(
@@ -31,16 +31,22 @@ FULL = SimpleNamespace(
     length=2048, rows=8, long=16_384, tune=(16_384, 18_432, 8192, 4096),
     # several calls, since a row is written after each
     grid=('2048,4096,6144,8192', '10240,12288,14336,16384', '18432,20480,22528,24576', '26624,28672,30720,32768'),
-    prompts='--depths 10 --trials 10', windows=(2048, 16_384), peers='tinyllama', peers_steps=15, sweep='small')
+    prompts='--depths 10 --trials 10', windows=(2048, 16_384), peers='tinyllama', peers_steps=15, sweep='small',
+    # of the budgets of DroPE the middle one, 62.9M tokens
+    without_rope='--steps 240 --warmup 30 --batch_tokens 262144 --micro_batch 4 --eval_tokens 65536 --eval_every 60',
+    measure=SimpleNamespace(lengths=[1024, 4096, 8192, 16_384], stride=512, eval_tokens=8192, depths=10))
 TOY = SimpleNamespace(
     shape=dict(vocab_size=101, block_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, n_inner=48),
     train='--data random:101 --preset tiny --block_size 64 --n_layer 1 --optimizer adamw --steps 3 --no-compile',
     batch_tokens=512, length=64, rows=2, long=256, tune=(128,), grid=('128', '192,256'),
-    prompts='--depths 2 --trials 1', windows=(1024,), peers='tiny', peers_steps=3, sweep='small_toy')
+    prompts='--depths 2 --trials 1', windows=(1024,), peers='tiny', peers_steps=3, sweep='small_toy',
+    without_rope='--steps 3 --warmup 1 --batch_tokens 640 --micro_batch 2 --eval_tokens 640 --no-compile',
+    measure=SimpleNamespace(lengths=[320, 640], stride=64, eval_tokens=256, depths=2))
 LIMIT = 500                      # seconds of the sweep in one call
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'
-STAGES = ('attention', 'compile', 'train', 'tune', 'passkey', 'perplexity', 'peers', 'ddp', 'small')
+STAGES = ('attention', 'compile', 'train', 'tune', 'passkey', 'perplexity', 'peers', 'ddp', 'small',
+          'recalibrate')
 
 
 def jobs(stage, args, size):
@@ -88,6 +94,10 @@ def jobs(stage, args, size):
         yield '2 processes', partial(trained, size.rows, size.length, device, processes=2)
     elif stage == 'small' and args.text:
         yield f'SCALE={size.sweep}', partial(sweep, args, size)
+    elif stage == 'recalibrate' and args.smollm2:
+        yield 'training without RoPE', partial(recalibration, args, size)
+        for model in 'RoPE', 'RoPE YaRN', 'without RoPE', 'without RoPE uniform':
+            yield model, partial(recalibrated, args, size, model)
 
 
 def attention(size, pe, dtype, compile=False, decode=False):
@@ -189,18 +199,58 @@ def sweep(args, size):
     code = subprocess.call([*command.split(), args.text])
     found = dict(seconds=(f'{time.time() - start:.0f}', 's of this call'))
     for file in sorted(glob.glob(f'{plan.out}/*/log.jsonl')):
-        with open(file) as f:
-            steps = [line for line in map(json.loads, f) if 'tok_s' in line]
-        if steps:
-            tok_s = bench.settled([line['tok_s'] for line in steps])
-            run = os.path.basename(os.path.dirname(file))
-            found[run] = (f'{tok_s:.0f}', f'tokens/s up to step {steps[-1]["step"]}')
+        found |= pace(os.path.dirname(file))
     for row in read_csv(plan.csv):
         found[f'{row["row"]} at {row["length"]}'] = (row['passkey'], f'of the keys, loss {row["loss"]}')
+    return found | ended(code)
+
+
+def pace(run):
+    """The speed of train.py, from its log."""
+    with open(f'{run}/log.jsonl') as f:
+        steps = [line for line in map(json.loads, f) if 'tok_s' in line]
+    if not steps:
+        return {}
+    tok_s = bench.settled([line['tok_s'] for line in steps])
+    return {os.path.basename(run): (f'{tok_s:.0f}', f'tokens/s up to step {steps[-1]["step"]}')}
+
+
+def ended(code):
+    """What is to be said of a command that had LIMIT seconds."""
     if code == 124:
-        found['unfinished'] = (f'after {LIMIT} s', 'the same command goes on')
-    elif code:
-        found['error'] = (f'exit code {code}', '')
+        return dict(unfinished=(f'after {LIMIT} s', 'the same command goes on'))
+    if code:
+        return dict(error=(f'exit code {code}', ''))
+    return {}
+
+
+def recalibration(args, size):
+    """DroPE (Gelberg et al. 2025, table 4): RoPE is dropped, their QK-norm comes in, lr 1e-3, at the same length."""
+    run = f'{args.out}/without_rope'
+    command = (f'timeout {LIMIT} {sys.executable} train.py --init_from {args.smollm2} --data {args.smollm2}/text '
+               f'--out {run} --resume --pe nope --qk_norm full --rows anywhere --lr 1e-3 {size.without_rope}')
+    code = subprocess.call(command.split())
+    return ended(code) or pace(run)
+
+
+def recalibrated(args, size, model):
+    """Perplexity and passkeys of the model with RoPE and of the one trained on without it, plain and extended."""
+    folder = args.smollm2
+    if model.startswith('without'):
+        folder = f'{args.out}/without_rope'
+        state = load_checkpoint(folder)
+        if state['step'] < state['args']['steps']:
+            return dict(unfinished=(f'at step {state["step"]}', 'the same command goes on'))
+    text, how = f'{args.smollm2}/text', SimpleNamespace(out=folder, **vars(size.measure))
+    ckpt, length = f'{folder}/ckpt.pt', size.measure.lengths[-1]
+    if model.endswith('YaRN'):
+        ckpt = smollm2.extended('yarn', length, text, how)
+    elif model.endswith('uniform'):
+        ckpt = smollm2.extended('uniform', length, text, how, dict(grid='1,1.05,1.1,1.15,1.2,1.3,1.4,1.6'))
+    found = {}
+    for n, cell in smollm2.measured(ckpt, how.lengths, text, how).items():
+        found[f'perplexity at {n}'] = (f'{cell["ppl"]:.3f}', f'over {cell["tokens"]} tokens')
+        found[f'passkey at {n}'] = (f'{cell["keys"]:.2f}', f'of {cell["prompts"]}')
     return found
 
 
@@ -212,6 +262,7 @@ def parse_args(argv=None):
     p.add_argument('--out', default='out/gpu', help='folder for checkpoints and runs')
     p.add_argument('--nanogpt', metavar='DIR', help='peers: a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--text', metavar='DIR', help='small: text files, or what data.text.prepare made of them')
+    p.add_argument('--smollm2', metavar='DIR', help='recalibrate: ckpt.pt of make smollm2, and tokenised text in text/')
     args = p.parse_args(argv)
     args.out = os.path.abspath(args.out)             # nanoGPT is run in its own folder
     return args

@@ -14,10 +14,12 @@
 # peers       nanoGPT (NANOGPT=DIR, a clone of it), a Hugging Face Llama (where transformers is installed), and ours
 # ddp         training in two processes, where there are two GPUs
 # small       make reproduce SCALE=small on TEXT=DIR, which data.text.prepare made; again until it is done
+# recalibrate SmolLM2 without RoPE, by DroPE's recipe, then measured; SMOLLM2=DIR: what make smollm2 made (out/smollm2:
+#             ckpt.pt, and text/ for its tokenizer); again until it is done
 #
 # PYTHON: an interpreter that has the packages (default python3); OUT_DIR: for checkpoints and runs (default out/gpu);
 # CSV: another file for the rows. Nothing here needs a network, if tiktoken has the data's tokenizer in its cache.
-stages="attention compile train tune passkey perplexity peers ddp small"
+stages="attention compile train tune passkey perplexity peers ddp small recalibrate"
 python=${PYTHON:-python3}
 out=${OUT_DIR:-out/gpu}
 csv=${CSV:-results/gpu.csv}
@@ -30,6 +32,7 @@ if [ "$1" = toy ]; then
     out=${OUT_DIR:-out/gpu-toy}
     csv=${CSV:-$out/gpu.csv}
     TEXT=$out/text
+    SMOLLM2=$out/smollm2
     mkdir -p "$out/books"
     for book in 1 2 3 4; do
         for chapter in $(seq $((300 + book))); do
@@ -37,6 +40,9 @@ if [ "$1" = toy ]; then
         done > "$out/books/$book.txt"
     done
     "$python" -m data.text.prepare "$out/books" --val 0.05 --tokenizer bytes --out "$TEXT" || exit
+    "$python" -m data.text.prepare "$out/books" --val 0.05 --tokenizer bytes --out "$SMOLLM2/text" || exit
+    "$python" train.py --data "$SMOLLM2/text" --out "$SMOLLM2" --pe rope --block_size 320 --n_layer 1 --n_embd 32 \
+        --n_inner 48 --no-qk_norm --no-qk_gain --rows anywhere --steps 3 --batch_tokens 640 --eval_tokens 640 || exit
 fi
 
 failed=0
@@ -47,10 +53,11 @@ for stage in "$@"; do
             "$python" -m data.passkey.prepare --out "$out/data" --tokens 100000
             ;;
         small) [ -n "$TEXT" ] || echo "small: no row without TEXT=DIR" ;;
+        recalibrate) [ -n "$SMOLLM2" ] || echo "recalibrate: no row without SMOLLM2=DIR" ;;
         ddp) echo "ddp: no row where there is one GPU" ;;
     esac
     timeout -k 30 590 "$python" -m results.gpu "$stage" $toy --out "$out" --csv "$csv" \
-        ${NANOGPT:+--nanogpt "$NANOGPT"} ${TEXT:+--text "$TEXT"}
+        ${NANOGPT:+--nanogpt "$NANOGPT"} ${TEXT:+--text "$TEXT"} ${SMOLLM2:+--smollm2 "$SMOLLM2"}
     code=$?
     [ $code = 0 ] || { echo "$stage: exit code $code, see the lines above; the other stages go on"; failed=1; }
 done

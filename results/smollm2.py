@@ -106,12 +106,12 @@ def prepare_text(args, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # extended and measured by the scripts
 
-def extended(method, length, text, args):
-    """The checkpoint that extend.py makes."""
+def extended(method, length, text, args, tuned=None):
+    """The checkpoint that extend.py makes of args.out/ckpt.pt; tuned: its options, if not those of TUNED."""
     file = f'{args.out}/{method}-{length}.pt'
     if not os.path.exists(file):
         options = dict(ckpt=f'{args.out}/ckpt.pt', data=text, method=method, length=length, eval_tokens=0, dtype='fp32')
-        run(Command('extend.py', options | TUNED.get(method, {})))
+        run(Command('extend.py', options | (tuned or TUNED.get(method, {}))))
     return file
 
 

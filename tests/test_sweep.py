@@ -428,6 +428,15 @@ def test_a_stage_that_fails_says_so_in_the_csv_and_the_others_go_on(tmp_path, mo
     assert found(lambda: dict(speed=(2, 'tokens/s'))) == (0, {('large', 'speed', '2'), ('small', 'speed', '3')})
 
 
+def test_a_model_that_is_not_yet_recalibrated_is_not_measured(tmp_path, monkeypatch):
+    """Its row says so, and the next call goes on."""
+    half = dict(step=120, args=dict(steps=240))
+    monkeypatch.setattr(gpu, 'load_checkpoint', lambda path: half)
+    args = SimpleNamespace(smollm2=str(tmp_path), out=str(tmp_path))
+    assert gpu.recalibrated(args, gpu.FULL, 'without RoPE') == dict(
+        unfinished=('at step 120', 'the same command goes on'))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_only_a_rehearsal_is_run():
     with refused('sh results/gpu.sh toy'):
