@@ -4,9 +4,9 @@
 #
 #     sh results/books.sh BOOKS HELDOUT PROOFS      # results/books.csv; what is there already is not run again
 #
-# PYTHON names an interpreter that has the packages (default .venv/bin/python, which make test builds). The models are
-# those of the headline, but for a wider SwiGLU, and rows begin anywhere. Two of them, with one thread each, run at a
-# time. YaRN for each length (dynamic YaRN) is measured at that length alone.
+# PYTHON names an interpreter that has the packages (default .venv/bin/python, which make test builds). Models and tuning
+# are those of the headline, but for a wider SwiGLU and rows that begin anywhere. Two commands run at a time, with one
+# thread each. YaRN for each length (dynamic YaRN) is measured at that length alone.
 set -e
 export OMP_NUM_THREADS=1
 out=${OUT:-out/books}
@@ -25,7 +25,8 @@ train() {
 # stretch MODEL METHOD LENGTH
 stretch() {
     [ -f $out/$1/$2-$3.pt ] ||
-        run extend.py --ckpt $out/$1 --data $out/books --method $2 --length $3 --dtype fp32 --eval_tokens 0
+        run extend.py --ckpt $out/$1 --data $out/books --method $2 --length $3 --steps 60 --batch 4 --dtype fp32 \
+            --eval_tokens 0
 }
 
 # measure MODEL CHECKPOINT LENGTHS: on both corpora, the same bytes at every length
@@ -34,7 +35,7 @@ measure() {
         to=$out/on-$corpus/$1
         [ -f $to/$2.ppl.csv ] ||
             run extend.py --method none --ckpt $out/$1/$2.pt --data $out/$corpus --out $to --dtype fp32 \
-                --lengths $(echo $3 | tr ' ' ,) --past 2048 --stride 128 --eval_tokens 16384
+                --lengths $(echo $3 | tr ' ' ,) --past 2048 --stride 128 --eval_tokens 16384 --measure ppl
     done
 }
 

@@ -229,7 +229,8 @@ TABLES = dict(
     # five seeds, each in two precisions: 500 prompts a length
     headline=TABLE | dict(rows=HEADLINE, passkey=dict(depths=10, trials=5)),
     ablations=TABLE | dict(rows=ABLATIONS),
-    encodings=TABLE | dict(rows=ENCODINGS_ROWS),
+    # three seeds, 150 prompts a length: measuring takes half of the hours
+    encodings=TABLE | dict(rows=ENCODINGS_ROWS, passkey=dict(depths=10, trials=5)),
     layers=TABLE | dict(rows=LAYERS),
 )
 

@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, refused, run, write_corpus
+import torch.nn.functional as F
+from conftest import ROOT, TINY, build, close, python, refused, run, set_heads, write_corpus
 
 import train
-from data.checkpoint import load_checkpoint
+from data.checkpoint import load_checkpoint, load_model
 from data.figures import read_csv, write_csv
+from data.tokens import anchor, open_data, spaced_rows
 from results import bench, compare, fit, gpu, reproduce, stages, tables
+from results import heads as sharpened
 from results.plan import Machine, Plan
 from results.stages import Clock, Command, Stage, run_stages
 
@@ -277,6 +280,44 @@ def test_the_best_temperature_grows_with_the_logarithm_of_the_length():
 def test_the_lowest_point_of_a_curve():
     assert fit.lowest([(x, 2 + (x - 1.23) ** 2) for x in (1.6, 1.0, 1.2, 1.4)]) == pytest.approx(1.23)
     assert fit.lowest([(1.0, 2.0), (1.1, 2.1), (1.2, 2.3)]) == 1         # the edge of the grid
+
+
+def test_the_share_of_the_first_token_is_that_of_the_attention(corpus):
+    """By fused attention over values that are 1 for the first token and 0 for the others."""
+    model = build('rope', n_layer=2, n_kv_head=2, qk_gain=True)
+    set_heads(model, 1.7)
+    x = torch.randint(model.config.vocab_size, (3, 40))
+    shares = sharpened.on_first_token(model, x, [1, 7, 40])
+    q, k, v = model.blocks[0].attn.qkv(model.blocks[0].attn_norm(model.embed(x)), model.rotation(torch.arange(40)), 0)
+    first = torch.zeros_like(v)
+    first[:, :, 0] = 1
+    want = F.scaled_dot_product_attention(q, k, first, is_causal=True, enable_gqa=True)[..., 0].mean(0)
+    close(shares[0], want[:, [0, 6, 39]])
+    assert (shares[:, :, 0] == 1).all()
+
+
+def test_each_head_is_sharpened_alone(trained, corpus):
+    """A line for each, with the losses of the model in which only that head has another temperature."""
+    said = run(sharpened, f'--ckpt {trained} --data {corpus} --length 128 --scale 4 --eval_tokens 1024')
+    lines = [line.split() for line in said.splitlines() if line.startswith('layer')]
+    model = load_model(load_checkpoint(trained))
+    data, meta = open_data(corpus, 'val')
+    x = anchor([data[i:i + 129] for i in spaced_rows(data, 128, 1024)], meta['bos'])
+    assert len(lines) == 4
+    for _, layer, _, head, inside, past, *_ in lines:
+        scales = torch.ones(2, 2)
+        scales[int(layer), int(head)] = 4
+        set_heads(model, scales)
+        with torch.no_grad():
+            window, whole = model(x[:, :64], x[:, 1:65])[1], model(x[:, :-1], x[:, 1:])[1]
+        assert float(inside) == pytest.approx(window.item(), abs=1e-3)
+        assert float(past) == pytest.approx(2 * whole.item() - window.item(), abs=1e-3)
+
+
+def test_heads_that_do_not_see_the_first_token_as_it_is_are_refused(tmp_path, corpus):
+    run(train, TINY, '--pe alibi --steps 1 --data', corpus, '--out', tmp_path)
+    with refused('nope, rope or sinusoidal'):
+        sharpened.main(['--ckpt', str(tmp_path), '--data', corpus])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""
+Which heads break past the training length. Each head is sharpened alone, the others stay as they are; and its attention
+to the first token of a row is looked at, off which NoPE can read how far it is (Kazemnejad et al. 2023, theorem 1): in
+a head that counts it falls with the number of tokens, and past the training length below anything seen in training.
+
+    python -m results.heads --ckpt out/nope --data data/passkey_long --length 1024 --scale 1.3
+"""
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.checkpoint import check_fits, load_checkpoint, load_model
+from data.runtime import fail, parser, positive_float, positive_int
+from data.tokens import anchor, open_data, open_rows, spaced_rows
+
+
+def parse_args(argv=None):
+    p = parser(__doc__)
+    p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
+    p.add_argument('--data', required=True, help='folder with val.bin and meta.json')
+    p.add_argument('--length', type=positive_int, help='tokens a row (default: four times the training length)')
+    p.add_argument('--scale', type=positive_float, default=1.3, help='the temperature that each head is given alone')
+    p.add_argument('--eval_tokens', type=positive_int, default=2**14, help='in rows of --length')
+    return p.parse_args(argv)
+
+
+@torch.no_grad()
+def losses(model, x, y, L):
+    """x, y (rows, T) -> the mean loss in nats up to position L, and past it."""
+    found = []
+    for i in range(len(x)):                          # a row at a time: whole logits are large
+        logits, _ = model(x[i:i + 1])
+        found.append(F.cross_entropy(logits[0], y[i], reduction='none'))
+    loss = torch.stack(found).mean(0)
+    return loss[:L].mean().item(), loss[L:].mean().item()
+
+
+@torch.no_grad()
+def on_first_token(model, x, places):
+    """The share of attention that the first token of a row gets after so many tokens: (n_layer, n_head, places)."""
+    found = []
+
+    def look(attn, inputs, given):
+        q, k, _ = attn.qkv(*inputs, given['rope'], given['grown'])
+        k = k.repeat_interleave(attn.nh // attn.nkv, dim=1)
+        shares = []
+        for n in places:
+            scores = q[:, :, n - 1:n] @ k[:, :, :n].transpose(2, 3) / attn.hs ** 0.5
+            shares.append(scores.softmax(-1)[:, :, 0, 0].mean(0))
+        found.append(torch.stack(shares, dim=1))
+
+    hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
+    model(x, rows=slice(-1, None))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    ckpt = load_checkpoint(args.ckpt)
+    model = load_model(ckpt).eval()
+    c = model.config
+    L, T = c.block_size, args.length or 4 * c.block_size
+    if c.pe in ('t5', 'alibi', 'learned') or any(c.layer_window):
+        fail('this looks at layers of nope, rope or sinusoidal without windows; here are others')
+    if T <= L:
+        fail(f'--length {T} must be longer than the training length, {L}')
+
+    data, meta = open_data(args.data, 'val')
+    check_fits(c, meta, args.data, [T], ckpt)
+    docs = open_rows(ckpt['args'].get('rows', 'anywhere'), data, meta, 'val', T, args.data)
+    bos = meta['bos'] if ckpt['args'].get('bos', True) and docs is None else None
+    rows = [data[start:start + T + 1] for start in spaced_rows(data, T, args.eval_tokens, docs)]
+    whole = anchor(rows, bos)
+    x, y = whole[:, :-1], whole[:, 1:]
+
+    places = [L // 16, L // 4, L, T]
+    shares = on_first_token(model, x[:8], places)
+    heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
+    base = losses(model, x, y, L)
+    alone = {}
+    for layer, head in tqdm(heads, desc='heads', leave=False, dynamic_ncols=True):
+        scale = model.blocks[layer].attn.scale.data
+        was = scale[head].item()
+        scale[head] = was * args.scale
+        alone[layer, head] = losses(model, x, y, L)
+        scale[head] = was
+    best = min(alone, key=lambda place: alone[place][1])
+
+    print(f'{args.ckpt}: loss in {len(x)} rows, up to {L:,} tokens and past them to {T:,}, with one head at '
+          f'{args.scale:g};\nand the share of its attention that the first token gets\n')
+    after = ''.join(f'{n:>8,}' for n in places)
+    print(f'                   loss    past   share after{after}')
+    print(f'as it is       {base[0]:8.3f}{base[1]:8.3f}')
+    for layer, head in heads:
+        inside, past = alone[layer, head]
+        share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
+        mark = '   <- lowest' if (layer, head) == best else ''
+        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}              {share}{mark}')
+
+
+if __name__ == '__main__':
+    main()
