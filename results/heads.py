@@ -1,10 +1,15 @@
 """
 Which heads break past the training length. Each head is sharpened alone, the others stay as they are; and its attention
-to the first token of a row is looked at, off which NoPE can read how far it is (Kazemnejad et al. 2023, theorem 1): in
-a head that counts it falls with the number of tokens, and past the training length below anything seen in training.
+to the first token of a row is looked at, off which NoPE can read how far it is (Kazemnejad et al. 2023, theorem 1).
 
     python -m results.heads --ckpt out/nope --data data/passkey_long --length 1024 --scale 1.3
+
+In a head that counts, the first token weighs as much as w others, however many there are: after n tokens it has the
+share w / (w + n - 1) of the attention, and past the training length L less than it ever had in training. A temperature
+lambda makes w^lambda of w, so lambda = 1 + ln s / ln w brings its share after s L tokens back to what it is after L.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -56,6 +61,14 @@ def on_first_token(model, x, places):
     return torch.stack(found)
 
 
+def weight(shares, places):
+    """What the first token weighs in a head, in other tokens; None if that changes with their number, or is little."""
+    weights = [(n - 1) * share / (1 - share) for n, share in zip(places, shares)]
+    if min(weights) < 2 or max(weights) > 1.1 * min(weights):
+        return None
+    return sum(weights) / len(weights)
+
+
 def main(argv=None):
     args = parse_args(argv)
     ckpt = load_checkpoint(args.ckpt)
@@ -98,6 +111,12 @@ def main(argv=None):
         share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
         mark = '   <- lowest' if (layer, head) == best else ''
         print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}              {share}{mark}')
+    for layer, head in heads:
+        w = weight(shares[layer, head].tolist(), places)
+        if w:
+            lam = 1 + math.log(T / L) / math.log(w)
+            print(f'\nlayer {layer} head {head} counts: the first token weighs as much as {w:.0f} others after '
+                  f'{places[0]} tokens and after {T:,};\nat {lam:.2f} its share after {T:,} is what it is after {L:,}')
 
 
 if __name__ == '__main__':

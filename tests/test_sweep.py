@@ -296,6 +296,17 @@ def test_the_share_of_the_first_token_is_that_of_the_attention(corpus):
     assert (shares[:, :, 0] == 1).all()
 
 
+def test_a_head_that_counts_is_known_by_the_weight_of_its_first_token():
+    """And the temperature 1 + ln s / ln w gives it back the share that it had s times earlier."""
+    places = [16, 64, 256, 1025]
+    shares = [50 / (50 + n - 1) for n in places]
+    assert sharpened.weight(shares, places) == pytest.approx(50)
+    assert sharpened.weight([0.5, 0.5, 0.5, 0.5], places) is None
+    assert sharpened.weight([1 / n for n in places], places) is None     # weighs as any other
+    w = 50 ** (1 + math.log(4) / math.log(50))
+    assert w / (w + 4 * 256) == pytest.approx(50 / (50 + 256))
+
+
 def test_each_head_is_sharpened_alone(trained, corpus):
     """A line for each, with the losses of the model in which only that head has another temperature."""
     said = run(sharpened, f'--ckpt {trained} --data {corpus} --length 128 --scale 4 --eval_tokens 1024')
