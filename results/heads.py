@@ -43,6 +43,7 @@ def losses(model, x, y, L):
 @torch.no_grad()
 def on_first_token(model, x, places):
     """The share of attention that the first token of a row gets after so many tokens: (n_layer, n_head, places)."""
+    total = 0
     found = []
 
     def look(attn, inputs, given):
@@ -55,16 +56,19 @@ def on_first_token(model, x, places):
         found.append(torch.stack(shares, dim=1))
 
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
-    model(x, rows=slice(-1, None))
+    for i in range(len(x)):
+        found.clear()
+        model(x[i:i + 1], rows=slice(-1, None))
+        total = total + torch.stack(found)
     for hook in hooks:
         hook.remove()
-    return torch.stack(found)
+    return total / len(x)
 
 
 def weight(shares, places):
     """What the first token weighs in a head, in other tokens; None if that changes with their number, or is little."""
     weights = [(n - 1) * share / (1 - share) for n, share in zip(places, shares)]
-    if min(weights) < 2 or max(weights) > 1.1 * min(weights):
+    if min(weights) < 2 or max(weights) > 1.2 * min(weights):
         return None
     return sum(weights) / len(weights)
 
@@ -89,7 +93,7 @@ def main(argv=None):
     x, y = whole[:, :-1], whole[:, 1:]
 
     places = [L // 16, L // 4, L, T]
-    shares = on_first_token(model, x[:8], places)
+    shares = on_first_token(model, x, places)
     heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
     base = losses(model, x, y, L)
     alone = {}
