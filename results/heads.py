@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.checkpoint import check_fits, load_checkpoint, load_model
+from data.figures import pyplot
 from data.runtime import fail, parser, positive_float, positive_int
 from data.tokens import anchor, open_data, open_rows, spaced_rows
 
@@ -26,7 +27,11 @@ def parse_args(argv=None):
     p.add_argument('--length', type=positive_int, help='tokens a row (default: four times the training length)')
     p.add_argument('--scale', type=positive_float, default=1.3, help='the temperature that each head is given alone')
     p.add_argument('--eval_tokens', type=positive_int, default=2**14, help='in rows of --length')
-    return p.parse_args(argv)
+    p.add_argument('--plot', metavar='FILE.png', help='draw the loss and the share')
+    args = p.parse_args(argv)
+    if args.plot:
+        pyplot(args.plot)                            # what is missing for it is known before the work
+    return args
 
 
 @torch.no_grad()
@@ -73,6 +78,41 @@ def weight(shares, places):
     return sum(weights) / len(weights)
 
 
+def show(alone, base, shares, places):
+    """The table, a line for each head."""
+    best = min(alone, key=lambda place: alone[place][1])
+    after = ''.join(f'{n:>8,}' for n in places)
+    print(f'                   loss    past   share after{after}')
+    print(f'as it is       {base[0]:8.3f}{base[1]:8.3f}')
+    for (layer, head), (inside, past) in alone.items():
+        share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
+        mark = '   <- lowest' if (layer, head) == best else ''
+        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}              {share}{mark}')
+
+
+def plot(alone, base, shares, counting, places, L, args):
+    """The loss past the training length with each head sharpened alone, and the share by the number of tokens."""
+    fig, (left, right) = pyplot(args.plot).subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for i, ((layer, head), (_, past)) in enumerate(alone.items()):
+        label = f'layer {layer}' if head == 0 else None
+        left.bar(i, past, color=f'C{layer}', label=label)
+        right.plot(places, shares[layer, head], color=f'C{layer}', linewidth=1)
+    left.axhline(base[1], color='black', linestyle=':', label='as it is')
+    left.set(xlabel=f'the head at {args.scale:g}', ylabel='loss past the training length (nats)')
+    left.legend(fontsize='small', loc='lower left')
+    for w in counting.values():
+        share = [w / (w + n - 1) for n in places]
+        right.plot(places, share, color='black', linestyle=':', label=f'{w:.0f} / ({w:.0f} + n - 1)')
+    right.axvline(L, color='black', linestyle='--', linewidth=1)
+    right.set_xscale('log', base=2)
+    right.set_xticks(places, [f'{n:,}' for n in places])
+    right.set(xlabel='n tokens (dashed: training length)', ylabel='share of attention that the first token gets')
+    if counting:
+        right.legend(fontsize='small')
+    fig.savefig(args.plot, dpi=130)
+    print(f'\n{args.plot}')
+
+
 def main(argv=None):
     args = parse_args(argv)
     ckpt = load_checkpoint(args.ckpt)
@@ -92,7 +132,7 @@ def main(argv=None):
     whole = anchor(rows, bos)
     x, y = whole[:, :-1], whole[:, 1:]
 
-    places = [L // 16, L // 4, L, T]
+    places = [T >> k for k in reversed(range(8)) if T >> k > 1]
     shares = on_first_token(model, x, places)
     heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
     base = losses(model, x, y, L)
@@ -103,24 +143,21 @@ def main(argv=None):
         scale[head] = was * args.scale
         alone[layer, head] = losses(model, x, y, L)
         scale[head] = was
-    best = min(alone, key=lambda place: alone[place][1])
 
     print(f'{args.ckpt}: loss in {len(x)} rows, up to {L:,} tokens and past them to {T:,}, with one head at '
           f'{args.scale:g};\nand the share of its attention that the first token gets\n')
-    after = ''.join(f'{n:>8,}' for n in places)
-    print(f'                   loss    past   share after{after}')
-    print(f'as it is       {base[0]:8.3f}{base[1]:8.3f}')
+    show(alone, base, shares, places)
+    far = [n for n in places if n >= L // 4]         # with a few tokens it matters which ones they are
+    counting = {}
     for layer, head in heads:
-        inside, past = alone[layer, head]
-        share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
-        mark = '   <- lowest' if (layer, head) == best else ''
-        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}              {share}{mark}')
-    for layer, head in heads:
-        w = weight(shares[layer, head].tolist(), places)
+        w = weight(shares[layer, head, -len(far):].tolist(), far)
         if w:
+            counting[layer, head] = w
             lam = 1 + math.log(T / L) / math.log(w)
             print(f'\nlayer {layer} head {head} counts: the first token weighs as much as {w:.0f} others after '
-                  f'{places[0]} tokens and after {T:,};\nat {lam:.2f} its share after {T:,} is what it is after {L:,}')
+                  f'{far[0]:,} tokens and after {T:,};\nat {lam:.2f} its share after {T:,} is what it is after {L:,}')
+    if args.plot:
+        plot(alone, base, shares, counting, places, L, args)
 
 
 if __name__ == '__main__':

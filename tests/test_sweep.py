@@ -325,6 +325,14 @@ def test_each_head_is_sharpened_alone(trained, corpus):
         assert float(past) == pytest.approx(2 * whole.item() - window.item(), abs=1e-3)
 
 
+def test_the_figure_of_the_heads(trained, corpus, tmp_path):
+    pytest.importorskip('matplotlib')
+    file = f'{tmp_path}/heads.png'
+    said = run(sharpened, f'--ckpt {trained} --data {corpus} --length 128 --eval_tokens 256 --plot {file}')
+    assert said.endswith(f'{file}\n')
+    assert os.path.getsize(file) > 10_000
+
+
 def test_heads_that_do_not_see_the_first_token_as_it_is_are_refused(tmp_path, corpus):
     run(train, TINY, '--pe alibi --steps 1 --data', corpus, '--out', tmp_path)
     with refused('nope, rope or sinusoidal'):
