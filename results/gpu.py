@@ -227,20 +227,19 @@ def ended(code):
 def recalibration(args, size):
     """DroPE (Gelberg et al. 2025, table 4): RoPE is dropped, their QK-norm comes in, lr 1e-3, at the same length."""
     run = f'{args.out}/without_rope'
-    command = (f'timeout {LIMIT} {sys.executable} train.py --init_from {args.smollm2} --data {args.smollm2}/text '
-               f'--out {run} --resume --pe nope --qk_norm full --rows anywhere --lr 1e-3 {size.without_rope}')
-    code = subprocess.call(command.split())
+    command = f'timeout {LIMIT} {sys.executable} train.py --resume --pe nope --qk_norm full --rows anywhere --lr 1e-3'
+    where = ['--init_from', args.smollm2, '--data', f'{args.smollm2}/text', '--out', run]
+    code = subprocess.call([*command.split(), *size.without_rope.split(), *where])
     return ended(code) or pace(run)
 
 
 def recalibrated(args, size, model):
     """Perplexity and passkeys of the model with RoPE and of the one trained on without it, plain and extended."""
-    folder = args.smollm2
-    if model.startswith('without'):
-        folder = f'{args.out}/without_rope'
-        state = load_checkpoint(folder)
-        if state['step'] < state['args']['steps']:
-            return dict(unfinished=(f'at step {state["step"]}', 'the same command goes on'))
+    without = f'{args.out}/without_rope'
+    state = load_checkpoint(without)
+    if state['step'] < state['args']['steps']:
+        return dict(unfinished=(f'at step {state["step"]}', 'the same command goes on'))
+    folder = without if model.startswith('without') else args.smollm2
     text, how = f'{args.smollm2}/text', SimpleNamespace(out=folder, **vars(size.measure))
     ckpt, length = f'{folder}/ckpt.pt', size.measure.lengths[-1]
     if model.endswith('YaRN'):
@@ -262,7 +261,7 @@ def parse_args(argv=None):
     p.add_argument('--out', default='out/gpu', help='folder for checkpoints and runs')
     p.add_argument('--nanogpt', metavar='DIR', help='peers: a clone of nanoGPT; its train.py is run as it is')
     p.add_argument('--text', metavar='DIR', help='small: text files, or what data.text.prepare made of them')
-    p.add_argument('--smollm2', metavar='DIR', help='recalibrate: ckpt.pt of make smollm2, and tokenised text in text/')
+    p.add_argument('--smollm2', metavar='DIR', help='recalibrate: a folder with ckpt.pt and text/')
     args = p.parse_args(argv)
     args.out = os.path.abspath(args.out)             # nanoGPT is run in its own folder
     return args

@@ -14,8 +14,8 @@
 # peers       nanoGPT (NANOGPT=DIR, a clone of it), a Hugging Face Llama (where transformers is installed), and ours
 # ddp         training in two processes, where there are two GPUs
 # small       make reproduce SCALE=small on TEXT=DIR, which data.text.prepare made; again until it is done
-# recalibrate SmolLM2 without RoPE, by DroPE's recipe, then measured; SMOLLM2=DIR: what make smollm2 made (out/smollm2:
-#             ckpt.pt, and text/ for its tokenizer); again until it is done
+# recalibrate SmolLM2 without RoPE, by DroPE's recipe, then measured. SMOLLM2=DIR: a folder of its own, with ckpt.pt and
+#             text/ (results/README.md says how to make it); again until no row of it says unfinished
 #
 # PYTHON: an interpreter that has the packages (default python3); OUT_DIR: for checkpoints and runs (default out/gpu);
 # CSV: another file for the rows. Nothing here needs a network, if tiktoken has the data's tokenizer in its cache.
@@ -41,8 +41,9 @@ if [ "$1" = toy ]; then
     done
     "$python" -m data.text.prepare "$out/books" --val 0.05 --tokenizer bytes --out "$TEXT" || exit
     "$python" -m data.text.prepare "$out/books" --val 0.05 --tokenizer bytes --out "$SMOLLM2/text" || exit
-    "$python" train.py --data "$SMOLLM2/text" --out "$SMOLLM2" --pe rope --block_size 320 --n_layer 1 --n_embd 32 \
-        --n_inner 48 --no-qk_norm --no-qk_gain --rows anywhere --steps 3 --batch_tokens 640 --eval_tokens 640 || exit
+    "$python" train.py --resume --data "$SMOLLM2/text" --out "$SMOLLM2" --pe rope --block_size 320 --n_layer 1 \
+        --n_embd 32 --n_inner 48 --no-qk_norm --no-qk_gain --rows anywhere --steps 3 --batch_tokens 640 \
+        --eval_tokens 640 || exit
 fi
 
 failed=0

@@ -1,12 +1,12 @@
 """
-Which heads break past the training length. Each head is sharpened alone, the others stay as they are; and its attention
-to the first token of a row is looked at, off which NoPE can read how far it is (Kazemnejad et al. 2023, theorem 1).
+Which head, sharpened alone, mends the loss past the training length; and how much attention each head gives the first
+token of a row, from which NoPE can tell how far it is (Kazemnejad et al. 2023, theorem 1).
 
-    python -m results.heads --ckpt out/nope --data data/passkey_long --length 1024 --scale 1.3
+    python -m results.heads --ckpt out/nope --data data/passkey_long --length 1024 --factor 1.3
 
-In a head that counts, the first token weighs as much as w others, however many there are: after n tokens it has the
-share w / (w + n - 1) of the attention, and past the training length L less than it ever had in training. A temperature
-lambda makes w^lambda of w, so lambda = 1 + ln s / ln w brings its share after s L tokens back to what it is after L.
+In a head that counts, the first token weighs as much as w others, however many there are: token n gives it the share
+w / (w + n - 1) of its attention, and past the training length L less than any token did in training. A temperature
+lambda makes about w^lambda of w, so lambda = 1 + ln s / ln w brings the share at token s L back to what it is at L.
 """
 import math
 
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     p.add_argument('--ckpt', required=True, help='checkpoint file or run folder')
     p.add_argument('--data', required=True, help='folder with val.bin and meta.json')
     p.add_argument('--length', type=positive_int, help='tokens a row (default: four times the training length)')
-    p.add_argument('--scale', type=positive_float, default=1.3, help='the temperature that each head is given alone')
+    p.add_argument('--factor', type=positive_float, default=1.3, help='what the temperature of a head is multiplied by')
     p.add_argument('--eval_tokens', type=positive_int, default=2**14, help='in rows of --length')
     p.add_argument('--plot', metavar='FILE.png', help='draw the loss and the share')
     args = p.parse_args(argv)
@@ -37,19 +37,18 @@ def parse_args(argv=None):
 @torch.no_grad()
 def losses(model, x, y, L):
     """x, y (rows, T) -> the mean loss in nats up to position L, and past it."""
-    found = []
+    rows = []
     for i in range(len(x)):                          # a row at a time: whole logits are large
         logits, _ = model(x[i:i + 1])
-        found.append(F.cross_entropy(logits[0], y[i], reduction='none'))
-    loss = torch.stack(found).mean(0)
+        rows.append(F.cross_entropy(logits[0], y[i], reduction='none'))
+    loss = torch.stack(rows).mean(0)
     return loss[:L].mean().item(), loss[L:].mean().item()
 
 
 @torch.no_grad()
 def on_first_token(model, x, places):
-    """The share of attention that the first token of a row gets after so many tokens: (n_layer, n_head, places)."""
-    total = 0
-    found = []
+    """The share of attention that the tokens at these places (from 1) give the first: (n_layer, n_head, places)."""
+    layers, rows = [], []
 
     def look(attn, inputs, given):
         q, k, _ = attn.qkv(*inputs, given['rope'], given['grown'])
@@ -57,22 +56,24 @@ def on_first_token(model, x, places):
         shares = []
         for n in places:
             scores = q[:, :, n - 1:n] @ k[:, :, :n].transpose(2, 3) / attn.hs ** 0.5
-            shares.append(scores.softmax(-1)[:, :, 0, 0].mean(0))
-        found.append(torch.stack(shares, dim=1))
+            shares.append(scores.softmax(-1)[0, :, 0, 0])
+        layers.append(torch.stack(shares, dim=1))
 
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
     for i in range(len(x)):
-        found.clear()
+        layers.clear()
         model(x[i:i + 1], rows=slice(-1, None))
-        total = total + torch.stack(found)
+        rows.append(torch.stack(layers))
     for hook in hooks:
         hook.remove()
-    return total / len(x)
+    return torch.stack(rows).mean(0)
 
 
-def weight(shares, places):
-    """What the first token weighs in a head, in other tokens; None if that changes with their number, or is little."""
-    weights = [(n - 1) * share / (1 - share) for n, share in zip(places, shares)]
+def first_token_weight(shares, places):
+    """w, by the shares at these places; None if it is below 2 or varies by more than a fifth."""
+    weights = []
+    for n, share in zip(places, shares):
+        weights.append((n - 1) * share / max(1e-7, 1 - share))
     if min(weights) < 2 or max(weights) > 1.2 * min(weights):
         return None
     return sum(weights) / len(weights)
@@ -81,32 +82,34 @@ def weight(shares, places):
 def show(alone, base, shares, places):
     """The table, a line for each head."""
     best = min(alone, key=lambda place: alone[place][1])
-    after = ''.join(f'{n:>8,}' for n in places)
-    print(f'                   loss    past   share after{after}')
+    at = ''.join(f'{n:>8,}' for n in places)
+    print(f'                   loss    past    share at{at}')
     print(f'as it is       {base[0]:8.3f}{base[1]:8.3f}')
     for (layer, head), (inside, past) in alone.items():
         share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
         mark = '   <- lowest' if (layer, head) == best else ''
-        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}              {share}{mark}')
+        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}            {share}{mark}')
 
 
 def plot(alone, base, shares, counting, places, L, args):
-    """The loss past the training length with each head sharpened alone, and the share by the number of tokens."""
+    """The loss past the training length with each head sharpened alone, and the share by place."""
     fig, (left, right) = pyplot(args.plot).subplots(1, 2, figsize=(11, 4), layout='constrained')
     for i, ((layer, head), (_, past)) in enumerate(alone.items()):
         label = f'layer {layer}' if head == 0 else None
         left.bar(i, past, color=f'C{layer}', label=label)
         right.plot(places, shares[layer, head], color=f'C{layer}', linewidth=1)
     left.axhline(base[1], color='black', linestyle=':', label='as it is')
-    left.set(xlabel=f'the head at {args.scale:g}', ylabel='loss past the training length (nats)')
-    left.legend(fontsize='small', loc='lower left')
-    for w in counting.values():
+    left.set(xlabel=f'the head that is {args.factor:g} times as sharp', ylabel='loss past the training length (nats)')
+    left.set_xticks(range(len(alone)), [head for _, head in alone], fontsize='xx-small')
+    left.legend(fontsize='small', loc='lower right')
+    for style, ((layer, head), w) in zip((':', '-.', '--', '-'), counting.items()):
         share = [w / (w + n - 1) for n in places]
-        right.plot(places, share, color='black', linestyle=':', label=f'{w:.0f} / ({w:.0f} + n - 1)')
+        label = f'layer {layer} head {head}: {w:.0f} / ({w:.0f} + n - 1)'
+        right.plot(places, share, color='black', linestyle=style, label=label)
     right.axvline(L, color='black', linestyle='--', linewidth=1)
     right.set_xscale('log', base=2)
     right.set_xticks(places, [f'{n:,}' for n in places])
-    right.set(xlabel='n tokens (dashed: training length)', ylabel='share of attention that the first token gets')
+    right.set(xlabel='token n (dashed: training length)', ylabel='share of its attention on the first token')
     if counting:
         right.legend(fontsize='small')
     fig.savefig(args.plot, dpi=130)
@@ -121,9 +124,12 @@ def main(argv=None):
     L, T = c.block_size, args.length or 4 * c.block_size
     if c.pe in ('t5', 'alibi', 'learned') or any(c.layer_window):
         fail('this looks at layers of nope, rope or sinusoidal without windows; here are others')
+    if any(block.attn.slope.any() for block in model.blocks):
+        fail(f'{args.ckpt} has temperatures that grow with the length: give one without them')
     if T <= L:
         fail(f'--length {T} must be longer than the training length, {L}')
 
+    # rows as the checkpoint was trained on
     data, meta = open_data(args.data, 'val')
     check_fits(c, meta, args.data, [T], ckpt)
     docs = open_rows(ckpt['args'].get('rows', 'anywhere'), data, meta, 'val', T, args.data)
@@ -134,28 +140,28 @@ def main(argv=None):
 
     places = [T >> k for k in reversed(range(8)) if T >> k > 1]
     shares = on_first_token(model, x, places)
-    heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
     base = losses(model, x, y, L)
-    alone = {}
+    alone = {}                                       # {(layer, head): losses}
+    heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
     for layer, head in tqdm(heads, desc='heads', leave=False, dynamic_ncols=True):
         scale = model.blocks[layer].attn.scale.data
         was = scale[head].item()
-        scale[head] = was * args.scale
+        scale[head] = was * args.factor
         alone[layer, head] = losses(model, x, y, L)
         scale[head] = was
 
-    print(f'{args.ckpt}: loss in {len(x)} rows, up to {L:,} tokens and past them to {T:,}, with one head at '
-          f'{args.scale:g};\nand the share of its attention that the first token gets\n')
+    print(f'{args.ckpt}: loss in {len(x)} rows, up to token {L:,} and past it to {T:,}, with one head {args.factor:g} '
+          'times as sharp;\nand the share of its attention that a token gives the first one\n')
     show(alone, base, shares, places)
-    far = [n for n in places if n >= L // 4]         # with a few tokens it matters which ones they are
-    counting = {}
+    late = [n for n in places if n >= L // 4]        # before, w depends on which few tokens there are
+    counting = {}                                    # {(layer, head): w}
     for layer, head in heads:
-        w = weight(shares[layer, head, -len(far):].tolist(), far)
+        w = first_token_weight(shares[layer, head, -len(late):].tolist(), late)
         if w:
             counting[layer, head] = w
-            lam = 1 + math.log(T / L) / math.log(w)
-            print(f'\nlayer {layer} head {head} counts: the first token weighs as much as {w:.0f} others after '
-                  f'{far[0]:,} tokens and after {T:,};\nat {lam:.2f} its share after {T:,} is what it is after {L:,}')
+            factor = 1 + math.log(T / L) / math.log(w)
+            print(f'\nlayer {layer} head {head} counts: the first token weighs as much as {w:.0f} others, from token '
+                  f'{late[0]:,} to {T:,};\n{factor:.2f} times as sharp it would give at {T:,} what it gives at {L:,}')
     if args.plot:
         plot(alone, base, shares, counting, places, L, args)
 

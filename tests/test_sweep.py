@@ -300,16 +300,17 @@ def test_a_head_that_counts_is_known_by_the_weight_of_its_first_token():
     """And the temperature 1 + ln s / ln w gives it back the share that it had s times earlier."""
     places = [16, 64, 256, 1025]
     shares = [50 / (50 + n - 1) for n in places]
-    assert sharpened.weight(shares, places) == pytest.approx(50)
-    assert sharpened.weight([0.5, 0.5, 0.5, 0.5], places) is None
-    assert sharpened.weight([1 / n for n in places], places) is None     # weighs as any other
+    assert sharpened.first_token_weight(shares, places) == pytest.approx(50)
+    assert sharpened.first_token_weight([0.5, 0.5, 0.5, 0.5], places) is None
+    assert sharpened.first_token_weight([1 / n for n in places], places) is None     # weighs as any other
+    assert sharpened.first_token_weight([1.0, 1.0, 1.0, 1.0], places) is None        # all there is
     w = 50 ** (1 + math.log(4) / math.log(50))
     assert w / (w + 4 * 256) == pytest.approx(50 / (50 + 256))
 
 
 def test_each_head_is_sharpened_alone(trained, corpus):
     """A line for each, with the losses of the model in which only that head has another temperature."""
-    said = run(sharpened, f'--ckpt {trained} --data {corpus} --length 128 --scale 4 --eval_tokens 1024')
+    said = run(sharpened, f'--ckpt {trained} --data {corpus} --length 128 --factor 4 --eval_tokens 1024')
     lines = [line.split() for line in said.splitlines() if line.startswith('layer')]
     model = load_model(load_checkpoint(trained))
     data, meta = open_data(corpus, 'val')
@@ -336,6 +337,12 @@ def test_the_figure_of_the_heads(trained, corpus, tmp_path):
 def test_heads_that_do_not_see_the_first_token_as_it_is_are_refused(tmp_path, corpus):
     run(train, TINY, '--pe alibi --steps 1 --data', corpus, '--out', tmp_path)
     with refused('nope, rope or sinusoidal'):
+        sharpened.main(['--ckpt', str(tmp_path), '--data', corpus])
+
+
+def test_heads_whose_temperatures_grow_are_refused(tmp_path, corpus):
+    run(train, TINY, '--scalable_softmax --steps 1 --data', corpus, '--out', tmp_path)
+    with refused('grow with the length'):
         sharpened.main(['--ckpt', str(tmp_path), '--data', corpus])
 
 
@@ -488,13 +495,13 @@ def test_a_stage_that_fails_says_so_in_the_csv_and_the_others_go_on(tmp_path, mo
     assert found(lambda: dict(speed=(2, 'tokens/s'))) == (0, {('large', 'speed', '2'), ('small', 'speed', '3')})
 
 
-def test_a_model_that_is_not_yet_recalibrated_is_not_measured(tmp_path, monkeypatch):
-    """Its row says so, and the next call goes on."""
+@pytest.mark.parametrize('model', ['RoPE', 'without RoPE'])
+def test_nothing_is_measured_before_the_recalibration_is_done(model, tmp_path, monkeypatch):
+    """The row says so, and the next call goes on."""
     half = dict(step=120, args=dict(steps=240))
     monkeypatch.setattr(gpu, 'load_checkpoint', lambda path: half)
     args = SimpleNamespace(smollm2=str(tmp_path), out=str(tmp_path))
-    assert gpu.recalibrated(args, gpu.FULL, 'without RoPE') == dict(
-        unfinished=('at step 120', 'the same command goes on'))
+    assert gpu.recalibrated(args, gpu.FULL, model) == dict(unfinished=('at step 120', 'the same command goes on'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
