@@ -42,11 +42,10 @@ TOY = SimpleNamespace(
     prompts='--depths 2 --trials 1', windows=(1024,), peers='tiny', peers_steps=3, sweep='small_toy',
     without_rope='--steps 3 --warmup 1 --batch_tokens 640 --micro_batch 2 --eval_tokens 640 --no-compile',
     measure=SimpleNamespace(lengths=[320, 640], stride=64, eval_tokens=256, depths=2))
-LIMIT = 500                      # seconds of the sweep in one call
+LIMIT = 500                      # seconds in one call of what is resumed by the next
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'
-STAGES = ('attention', 'compile', 'train', 'tune', 'passkey', 'perplexity', 'peers', 'ddp', 'small',
-          'recalibrate')
+STAGES = ('attention', 'compile', 'train', 'tune', 'passkey', 'perplexity', 'peers', 'ddp', 'small', 'recalibrate')
 
 
 def jobs(stage, args, size):

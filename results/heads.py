@@ -11,7 +11,6 @@ lambda makes about w^lambda of w, so lambda = 1 + ln s / ln w brings the share a
 import math
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.checkpoint import check_fits, load_checkpoint, load_model
@@ -37,81 +36,76 @@ def parse_args(argv=None):
 @torch.no_grad()
 def losses(model, x, y, L):
     """x, y (rows, T) -> the mean loss in nats up to position L, and past it."""
-    rows = []
-    for i in range(len(x)):                          # a row at a time: whole logits are large
-        logits, _ = model(x[i:i + 1])
-        rows.append(F.cross_entropy(logits[0], y[i], reduction='none'))
-    loss = torch.stack(rows).mean(0)
-    return loss[:L].mean().item(), loss[L:].mean().item()
+    _, inside = model(x[:, :L], y[:, :L])
+    _, past = model(x, y[:, L:], rows=slice(L, None))
+    return inside.item(), past.item()
 
 
 @torch.no_grad()
 def on_first_token(model, x, places):
     """The share of attention that the tokens at these places (from 1) give the first: (n_layer, n_head, places)."""
-    layers, rows = [], []
+    layers = []
 
     def look(attn, inputs, given):
         q, k, _ = attn.qkv(*inputs, given['rope'], given['grown'])
         k = k.repeat_interleave(attn.nh // attn.nkv, dim=1)
         shares = []
         for n in places:
-            scores = q[:, :, n - 1:n] @ k[:, :, :n].transpose(2, 3) / attn.hs ** 0.5
-            shares.append(scores.softmax(-1)[0, :, 0, 0])
+            scores = q[:, :, n - 1:n] @ k[:, :, :n].transpose(2, 3) / math.sqrt(attn.hs)
+            first = scores.softmax(-1)[:, :, 0, 0]   # (rows, nh)
+            shares.append(first.mean(0))
         layers.append(torch.stack(shares, dim=1))
 
     hooks = [block.attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.blocks]
-    for i in range(len(x)):
-        layers.clear()
-        model(x[i:i + 1], rows=slice(-1, None))
-        rows.append(torch.stack(layers))
+    model(x, rows=slice(-1, None))
     for hook in hooks:
         hook.remove()
-    return torch.stack(rows).mean(0)
+    return torch.stack(layers)
 
 
 def first_token_weight(shares, places):
     """w, by the shares at these places; None if it is below 2 or varies by more than a fifth."""
-    weights = []
-    for n, share in zip(places, shares):
-        weights.append((n - 1) * share / max(1e-7, 1 - share))
-    if min(weights) < 2 or max(weights) > 1.2 * min(weights):
+    n = torch.tensor(places)
+    w = (n - 1) * shares / (1 - shares).clamp(min=1e-7)
+    if w.min() < 2 or w.max() > 1.2 * w.min():
         return None
-    return sum(weights) / len(weights)
+    return w.mean().item()
 
 
 def show(alone, base, shares, places):
     """The table, a line for each head."""
-    best = min(alone, key=lambda place: alone[place][1])
+    lowest = min(past for _, past in alone.values())
     at = ''.join(f'{n:>8,}' for n in places)
     print(f'                   loss    past    share at{at}')
     print(f'as it is       {base[0]:8.3f}{base[1]:8.3f}')
     for (layer, head), (inside, past) in alone.items():
-        share = ''.join(f'{value:8.3f}' for value in shares[layer, head].tolist())
-        mark = '   <- lowest' if (layer, head) == best else ''
-        print(f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}            {share}{mark}')
+        share = ''.join(f'{value:8.3f}' for value in shares[layer, head])
+        line = f'layer {layer:2} head {head:2}{inside:8.3f}{past:8.3f}            {share}'
+        if past == lowest:
+            line += '   <- lowest'
+        print(line)
 
 
 def plot(alone, base, shares, counting, places, L, args):
     """The loss past the training length with each head sharpened alone, and the share by place."""
     fig, (left, right) = pyplot(args.plot).subplots(1, 2, figsize=(11, 4), layout='constrained')
     for i, ((layer, head), (_, past)) in enumerate(alone.items()):
-        label = f'layer {layer}' if head == 0 else None
-        left.bar(i, past, color=f'C{layer}', label=label)
+        left.bar(i, past, color=f'C{layer}')
         right.plot(places, shares[layer, head], color=f'C{layer}', linewidth=1)
     left.axhline(base[1], color='black', linestyle=':', label='as it is')
     left.set(xlabel=f'the head that is {args.factor:g} times as sharp', ylabel='loss past the training length (nats)')
-    left.set_xticks(range(len(alone)), [head for _, head in alone], fontsize='xx-small')
+    n_layer, n_head, _ = shares.shape
+    left.set_xticks(range(0, n_layer * n_head, n_head), [f'layer {layer}' for layer in range(n_layer)])
     left.legend(fontsize='small', loc='lower right')
-    for style, ((layer, head), w) in zip((':', '-.', '--', '-'), counting.items()):
-        share = [w / (w + n - 1) for n in places]
+    for (layer, head), w in counting.items():
+        share = w / (w + torch.tensor(places) - 1)
+        right.plot(places, share, color='black', linestyle=':')
         label = f'layer {layer} head {head}: {w:.0f} / ({w:.0f} + n - 1)'
-        right.plot(places, share, color='black', linestyle=style, label=label)
+        right.annotate(label, (places[2], share[2]), xytext=(8, 4), textcoords='offset points')
     right.axvline(L, color='black', linestyle='--', linewidth=1)
     right.set_xscale('log', base=2)
     right.set_xticks(places, [f'{n:,}' for n in places])
     right.set(xlabel='token n (dashed: training length)', ylabel='share of its attention on the first token')
-    if counting:
-        right.legend(fontsize='small')
     fig.savefig(args.plot, dpi=130)
     print(f'\n{args.plot}')
 
@@ -156,7 +150,7 @@ def main(argv=None):
     late = [n for n in places if n >= L // 4]        # before, w depends on which few tokens there are
     counting = {}                                    # {(layer, head): w}
     for layer, head in heads:
-        w = first_token_weight(shares[layer, head, -len(late):].tolist(), late)
+        w = first_token_weight(shares[layer, head, -len(late):], late)
         if w:
             counting[layer, head] = w
             factor = 1 + math.log(T / L) / math.log(w)

@@ -299,11 +299,11 @@ def test_the_share_of_the_first_token_is_that_of_the_attention(corpus):
 def test_a_head_that_counts_is_known_by_the_weight_of_its_first_token():
     """And the temperature 1 + ln s / ln w gives it back the share that it had s times earlier."""
     places = [16, 64, 256, 1025]
-    shares = [50 / (50 + n - 1) for n in places]
-    assert sharpened.first_token_weight(shares, places) == pytest.approx(50)
-    assert sharpened.first_token_weight([0.5, 0.5, 0.5, 0.5], places) is None
-    assert sharpened.first_token_weight([1 / n for n in places], places) is None     # weighs as any other
-    assert sharpened.first_token_weight([1.0, 1.0, 1.0, 1.0], places) is None        # all there is
+    n = torch.tensor(places)
+    assert sharpened.first_token_weight(50 / (50 + n - 1), places) == pytest.approx(50)
+    assert sharpened.first_token_weight(torch.full((4,), 0.5), places) is None
+    assert sharpened.first_token_weight(1 / n, places) is None           # weighs as any other
+    assert sharpened.first_token_weight(torch.ones(4), places) is None   # all there is
     w = 50 ** (1 + math.log(4) / math.log(50))
     assert w / (w + 4 * 256) == pytest.approx(50 / (50 + 256))
 
