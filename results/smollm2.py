@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import load_checkpoint
+from data.checkpoint import frozen, load_checkpoint, load_model
 from data.figures import pyplot, read_csv, write_csv
 from data.measure import perplexity
 from data.passkey.prompt import make_prompt
@@ -31,7 +31,7 @@ from results.stages import Command, run
 # what tunes sees so much text: a hundredth of what a GPU would take, enough to see where it leads
 TUNED = dict(
     uniform=dict(grid='1,1.2,1.4', grid_batches=1, batch=1),
-    head=dict(init=1, steps=4, batch=1, lr=0.1, activation_checkpointing=True),
+    head=dict(init=1, steps=2, batch=1, lr=0.1, activation_checkpointing=True),
     longrope=dict(population=4, iterations=1, grid_batches=1, batch=1))
 NAMES = dict(pi='PI', ntk='NTK', yarn='YaRN', longrope='LongRoPE', uniform='uniform', head='head')
 SEED = 42                        # of the passkey prompts
@@ -132,7 +132,7 @@ def measured(ckpt, lengths, text, args):
             found.setdefault(int(row['length']), []).append(row)
         return found
 
-    options = dict(ckpt=ckpt, lengths=','.join(map(str, lengths)), dtype='fp32')
+    options = dict(ckpt=ckpt, lengths=','.join(map(str, lengths)))
     if not set(lengths) <= set(of('ppl')):
         how = dict(stride=args.stride, past=max(args.lengths), eval_tokens=args.eval_tokens, measure='ppl')
         run(Command('extend.py', dict(method='none', data=text) | options | how))
@@ -143,7 +143,7 @@ def measured(ckpt, lengths, text, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the same through transformers
+# the same in fp32, here and through transformers
 
 class Theirs:
     """A model of transformers, called as ours are."""
@@ -162,12 +162,17 @@ class Theirs:
         return self.model.num_parameters()
 
 
-def through_transformers(ckpt, lengths, text, args):
-    """As measured(), of the exported folder, by their code."""
+def through_transformers(ckpt, args):
+    """The checkpoint, exported, as a model of transformers."""
     folder = f'{args.out}/export-{os.path.basename(ckpt).removesuffix(".pt")}'
     if not os.path.exists(folder):
         run(Command('-m data.hf.convert', {}, before=(ckpt, folder)))
-    model, env, tok = Theirs(folder), Env(), get_tokenizer(load_checkpoint(ckpt)['tokenizer'])
+    return Theirs(folder)
+
+
+def in_fp32(model, lengths, text, args):
+    """As measured(), of a model of either library."""
+    env, tok = Env(), get_tokenizer(f'hf:{args.out}/hf')
     val, meta = open_data(text, 'val')
     docs = documents(val, meta, 'val')
     found = {}
@@ -211,17 +216,17 @@ def write_table(table, args):
 def plot(table, L, args):
     """Loss and the key's log-probability by length, a line for each model; the training length is dashed -> axes."""
     plt = pyplot(args.plot)
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    fig, axes = plt.subplots(1, 2, figsize=(13, 4), layout='constrained')
     labels = dict(nll='loss (nats a token)', logprob='log-probability of the key (nats)')
     for ax, (column, label) in zip(axes, labels.items()):
         for name, found in table.items():
-            if not name.endswith('transformers'):    # the same again
+            if 'fp32' not in name:                   # a check at some lengths only
                 ax.plot(list(found), [values[column] for values in found.values()], marker='.', label=name)
         ax.axvline(L, color='black', linestyle='--', linewidth=1)
         ax.set_xscale('log', base=2)
         ax.set_xticks(args.lengths, [f'{n:,}' for n in args.lengths])
         ax.set(xlabel='tokens (dashed: training length)', ylabel=label)
-    axes[1].legend(fontsize='small')
+    fig.legend(*axes[1].get_legend_handles_labels(), fontsize='small', loc='outside right upper')
     fig.savefig(args.plot, dpi=130)
     print(args.plot)
     return axes
@@ -256,10 +261,13 @@ def main(argv=None):
         write_table(table, args)                     # what there is so far
 
     short = [n for n in inside if n <= 4096]         # longer ones would take minutes, and say the same
-    table['as it is, transformers'] = through_transformers(base, short, text, args)
+    both = {'as it is': base}
     if 'yarn' in args.methods:
-        yarn = f'{args.out}/yarn-{args.length}.pt'
-        table['YaRN, transformers'] = through_transformers(yarn, short, text, args)
+        both['YaRN'] = f'{args.out}/yarn-{args.length}.pt'
+    for name, ckpt in both.items():
+        ours = frozen(load_model(load_checkpoint(ckpt)), Env())
+        table[f'{name}, fp32'] = in_fp32(ours, short, text, args)
+        table[f'{name}, fp32, transformers'] = in_fp32(through_transformers(ckpt, args), short, text, args)
     write_table(table, args)
     if args.plot:
         plot(table, L, args)

@@ -75,8 +75,8 @@ def test_the_table_in_small(folder, tmp_path):
         '--eval_tokens', '80', '--depths', '1', '--out', out, '--csv', f'{tmp_path}/table.csv'])
     found = {(r['model'], int(r['length'])): r for r in read_csv(tmp_path / 'table.csv')}
     for n in 160, 200:
-        for ours, other in ('as it is', 'as it is, transformers'), ('YaRN for 16,384', 'YaRN, transformers'):
-            a, b = found[ours, n], found[other, n]
+        for name in 'as it is, fp32', 'YaRN, fp32':
+            a, b = found[name, n], found[f'{name}, transformers', n]
             assert float(a['nll']) == pytest.approx(float(b['nll']), abs=1e-4)
             assert a['keys'] == b['keys'] == '1.00'
         assert found['YaRN, dynamic', n]['nll'] == found['as it is', n]['nll']       # nothing changes in the window
@@ -86,7 +86,7 @@ def test_the_table_in_small(folder, tmp_path):
 def test_the_figure_has_a_line_for_each_model(tmp_path):
     pytest.importorskip('matplotlib')
     cells = {n: dict(nll=3.0, logprob=-1.0) for n in (160, 200)}
-    table = {'as it is': cells, 'YaRN, dynamic': cells, 'as it is, transformers': cells}
+    table = {'as it is': cells, 'YaRN, dynamic': cells, 'as it is, fp32, transformers': cells}
     args = smollm2.parse_args(['--lengths', '160,200', '--plot', f'{tmp_path}/table.png'])
     axes = smollm2.plot(table, 200, args)
     assert os.path.getsize(tmp_path / 'table.png') > 10_000
