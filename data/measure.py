@@ -60,7 +60,8 @@ def paper_windows(docs, length, stride, tokens):
     """
     The rule of Wang et al. (their run_ppl.py): document after document, windows that end at `length`, length + stride,
     and so on inside it. So each length has tokens, and maybe documents, of its own. (With 8 GPUs their 16 workers share
-    the budget, each stopping after 512 windows in all; here there is one, which reads documents whole.)
+    the budget. One that has its 512 windows empties the queue of documents without scoring them, so the others may stop
+    short. Here there is one, which reads documents whole.)
     """
     found = list(islice(ends_inside(docs, length, stride), math.ceil(tokens / stride)))
     if not found:
@@ -74,9 +75,9 @@ def ends_inside(docs, length, stride):
             yield doc, end
 
 
-def too_short(docs, lacks, flags):
+def too_short(docs, needed, flags):
     longest = max(map(len, docs))
-    fail(f'no document of val.bin {lacks} (the longest has {longest:,}): lower {flags}')
+    fail(f'no document of val.bin {needed} (the longest has {longest:,}): lower {flags}')
 
 
 def choose_windows(docs, lengths, stride, tokens, paper, past, rows):
@@ -251,11 +252,10 @@ def measure_base(model, docs, bos, meta, args, env):
     alike = kept.get('made_by') == made_by and all(kept[what] for what in args.measure)
     if alike and args.method != 'none':
         env.print(f'{args.ckpt} was measured before: its numbers are those of {file}')
-        rows = dict(ppl=[], entropy=[])
-        for what in args.measure:
-            rows[what] = kept[what]
-        write_measured(name, **rows, args=args, env=env)
-        return rows['ppl'], rows['entropy']
+        ppl = kept['ppl'] if 'ppl' in args.measure else []
+        entropy = kept['entropy'] if 'entropy' in args.measure else []
+        write_measured(name, ppl, entropy, args, env)
+        return ppl, entropy
     ppl, entropy = measure(model, name, docs, bos, args, env)
     if env.master:
         write_json(file, dict(made_by=made_by, ppl=ppl, entropy=entropy))

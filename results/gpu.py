@@ -32,7 +32,7 @@ FULL = SimpleNamespace(
     # several calls, since a row is written after each
     grid=('2048,4096,6144,8192', '10240,12288,14336,16384', '18432,20480,22528,24576', '26624,28672,30720,32768'),
     prompts='--depths 10 --trials 10', windows=(2048, 16_384), peers='tinyllama', peers_steps=15, sweep='small',
-    # of the budgets of DroPE the middle one, 62.9M tokens
+    # 62.9M tokens, a thousandth of DroPE's middle budget, in steps a quarter as large
     without_rope='--steps 240 --warmup 30 --batch_tokens 262144 --micro_batch 4 --eval_tokens 65536 --eval_every 60',
     measure=SimpleNamespace(lengths=[1024, 4096, 8192, 16_384], stride=512, eval_tokens=8192, depths=10))
 TOY = SimpleNamespace(
@@ -276,8 +276,8 @@ def main(argv=None):
         for setting, job in jobs(stage, args, TOY if args.toy else FULL):
             rows = read_csv(args.csv)
             key = dict(stage=stage, setting=setting, device=DEVICE_NAME)
-            own = [row for row in rows if row | key == row]
-            if own and not any(row['what'] in ('error', 'unfinished') for row in own):
+            earlier = [row for row in rows if row | key == row]
+            if earlier and not any(row['what'] in ('error', 'unfinished') for row in earlier):
                 print(f'{stage} | {setting} | is in {args.csv} already', flush=True)
                 continue
             try:
@@ -286,7 +286,7 @@ def main(argv=None):
                 found = dict(error=(f'{type(e).__name__}: {e}'.partition('\n')[0][:200], ''))
             failed = failed or 'error' in found
             stamp = dict(device=DEVICE_NAME, torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
-            rows = [row for row in rows if row not in own]
+            rows = [row for row in rows if row not in earlier]
             for what, (value, unit) in found.items():
                 rows.append(dict(stage=stage, what=what, setting=setting, value=value, unit=unit) | stamp)
                 print(f'{stage} | {setting} | {what} {value} {unit}', flush=True)

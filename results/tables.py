@@ -23,7 +23,7 @@ class Row:
     """
     A row of a table: a run, extended by a method of extend.py with these options (None: the run as it is) on a corpus,
     at `times` the training length (None: at what the scale says), or anew at each_length that it is measured at past
-    the training length, and then perhaps trained on with options of train.py.
+    the training length, and then perhaps trained on (fine-tuned) with options of train.py.
     """
     name: str
     run: str
@@ -59,8 +59,8 @@ HEADLINE = [
 # further tables
 
 # DroPE: an eighth of the steps more, without RoPE, at the rates of training; in its paper the last eighth of them, at
-# three times the rate, with a warm-up of 2 to 4 %. As its authors do it: a base without QK-norm, which is then
-# recalibrated with theirs (SmolLM) or without (from scratch)
+# three times the rate, with a warm-up of 0.4 to 4 % (here 30 %). As its authors do it: a base without QK-norm, which is
+# then recalibrated with theirs (SmolLM) or without (from scratch)
 WITHOUT_ROPE = dict(pe='nope', steps=200, warmup=60, min_length=64)
 PLAIN = dict(qk_norm=False, qk_gain=False)
 RUNS['drope'] = Run(WITHOUT_ROPE, start='rope')
