@@ -39,6 +39,7 @@ from data.extension import (
     micro_batches,
     open_corpus,
     progress,
+    reads_corpus,
     resolve,
     set_heads,
     set_law,
@@ -91,14 +92,13 @@ def head(model, corpus, args, env):
     One temperature for each head, tuned from the best uniform one or from a number, args.init (sec. 4). Under a law it
     is the slope of each head that is tuned, from the published one, or from the temperature args.init at args.length.
     """
+    record = Record()
     if args.init == 'best':
         record = uniform(model, corpus, args, env)
     elif args.law:
-        record = Record()
         set_law(model, args.law, args.law_at or model.config.block_size)
         set_heads(model, (args.init - 1) / growth_at(model, args.length), 'slope')
     else:
-        record = Record()
         set_heads(model, args.init)
     losses = tune(model, corpus, args, env)
     env.print(f'lambda of each head at {args.length} (a row a layer):')
@@ -303,18 +303,17 @@ def main(argv=None):
     check(args, method.rope_only, model, env)
     tuned = method.run in (head, head_log)
     val, meta = open_data(args.data, 'val')
-    lengths = args.lengths
+    lengths, space = args.lengths, 0
     if args.method != 'none':
         lengths = [*lengths, args.length]
+        space = 8 * sum(p.numel() for p in model.parameters())           # fp32; the checkpoint and the one before it
     check_fits(model.config, meta, args.data, lengths, ckpt)
     check_fused(model, max(lengths), env)
     L = model.config.block_size
     at = '' if args.method == 'none' else f' at {args.length} ({args.length / L:g}x)'
     env.print(f'{args.ckpt}: {model.config.pe}, training length {L}; {args.method}{at}')
     bos = meta['bos'] if args.bos else None
-    corpus = None
-    if method.reads_corpus:
-        corpus = open_corpus(args, meta, bos, why, env)
+    corpus = open_corpus(args, meta, bos, why, env) if reads_corpus(args, method) else None
     docs = documents(val, meta, 'val')
     paper = args.protocol == 'paper'
     if 'ppl' in args.measure:                        # too short a val.bin is known before the work
@@ -325,7 +324,7 @@ def main(argv=None):
     need = 0
     if tuned and env.device == 'cpu':
         need = memory(model, args.micro_batch * args.length, False, args, env)
-    preflight(args.out, 8 * sum(p.numel() for p in model.parameters()), need)
+    preflight(args.out, space, need)
     if env.master and args.method != 'none':
         keep_files(ckpt['tokenizer'], args.out)
 
@@ -367,7 +366,7 @@ def save(path, ckpt, model, meta, record, tokens, seconds, args):
     for name, value in model.state_dict().items():
         if name.endswith(('scale', 'slope')):
             weights[name] = value.cpu()
-    read = meta['train']['sha256'] if METHODS[args.method].reads_corpus else None
+    read = meta['train']['sha256'] if reads_corpus(args, METHODS[args.method]) else None
     extended = dict(vars(args), from_ckpt=args.ckpt, data_fingerprint=read,
                     heads=heads(model).tolist(), slopes=heads(model, 'slope').tolist(),
                     curve=record.curve, losses=record.losses, tokens=tokens, seconds=seconds)

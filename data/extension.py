@@ -113,6 +113,12 @@ def progress(env, *args, **kwargs):
     return tqdm(*args, disable=not env.master, dynamic_ncols=True, **kwargs)
 
 
+def reads_corpus(args, method):
+    """Whether train.bin is read. A law as published needs no tokens, but SWAN's looks for its unit."""
+    as_published = args.method == 'uniform' and args.law and (args.law != 'swan' or args.law_at)
+    return method.reads_corpus and not as_published
+
+
 def open_corpus(args, meta, bos, why, env):
     """What a method reads: args.data's train.bin, in rows of args.length."""
     tokens, _ = open_data(args.data, 'train')
@@ -180,10 +186,10 @@ def check(args, rope_only, model, env):
         fail('--past is for --protocol same')
     if args.past and args.past < args.lengths[-1]:
         fail(f'--past {args.past} must be at least the longest of --lengths, {args.lengths[-1]}')
-    if args.batch % env.world:
-        fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
     if args.method == 'none':
         return
+    if args.batch % env.world:
+        fail(f'--batch {args.batch} must be a multiple of the {env.world} processes')
     if model.config.law == 'ssmax':
         fail(f'{args.ckpt} has learned its temperatures (scalable softmax): measure it with --method none')
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():

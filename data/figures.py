@@ -45,7 +45,7 @@ def write_json(file, value):
 
 
 def write_result(file, write):
-    """write(f) fills it; whole or not at all, and one line if it cannot be written."""
+    """write(f) fills a temporary file, which is then renamed. Ends the program with one line if that cannot be done."""
     try:
         with open(f'{file}.tmp', 'w', newline='') as f:
             write(f)
@@ -109,7 +109,7 @@ def lengths_and_depths(rows):
 
 
 def shade(share):
-    """A cell of the heat map as text: full where every key was found, else the darker the more; a dot is none."""
+    """A cell of the heat map as text: full if every key was found, else the darker the more were; a dot for none."""
     if share == 0:
         return '.'
     third = int(3 * share)                           # 3 only where every key was found
@@ -193,14 +193,14 @@ def perplexity_table(results, block_size, rule):
     where = f'the same {scored(first[0])} at every length'
     if rule:
         where = f'{rule}: other tokens at each length'
-    names = ''.join(f'{name:>18}' for name in results)
+    names = ''.join(f'{name:>22}' for name in results)
     lines = [f'\nperplexity: windows of the length named, stride {first[0]["stride"]}, {where}',
              f'  length          {names}']
     for i, row in enumerate(first):
         n = row['length']
         line = f'{n:>8} {n / block_size:>5g}x   '
         for rows in results.values():
-            line += f'{rows[i]["ppl"]:>18.3f}'
+            line += f'{rows[i]["ppl"]:>22.3f}'
         if rule:
             line += f'   {scored(row)}'
         lines.append(line)

@@ -15,8 +15,11 @@ from model import ENCODINGS, GPT, PRESETS, GPTConfig
 
 
 def encodings(text):
-    if not set(text.split(',')) <= set(ENCODINGS):
+    words = set(text.split(','))
+    if not words <= set(ENCODINGS):
         raise argparse.ArgumentTypeError(f'{text!r} is unknown; one of {" ".join(ENCODINGS)}, or a pattern of them')
+    if len(words) == 1:                              # nope,nope is nope, as in GPTConfig
+        return words.pop()
     return text
 
 
@@ -93,7 +96,7 @@ def resolve(args, recipes, config, resumed, parent):
         defaults.pop('min_length', None)
         defaults.pop('decay_steps', None)
     if resumed:
-        began = dict(dict(rows='anywhere'), **resumed['args'])
+        began = dict(rows='anywhere') | resumed['args']
         for name in ('length', 'rows', 'warmup', 'decay_steps'):
             defaults[name] = began[name]
         run.rows_why = 'as this run began'
@@ -145,7 +148,7 @@ def split_batch(run, env):
 def check_resume(run, args, resumed, meta):
     """Steps may grow, and machine and number of processes may change; what decides the numbers may not."""
     fields = given_fields(args)
-    began = dict(dict(rows='anywhere', bos=True), **resumed['args'])
+    began = dict(rows='anywhere', bos=True) | resumed['args']
     began.update(asdict(GPTConfig(**resumed['config'])))
     now = dict(vars(run), **fields)
     differs = []

@@ -55,13 +55,16 @@ def keep_files(name, out):
     Copies the files of an hf:DIR tokenizer to OUT/tokenizer, where load_checkpoint() finds them, so that a checkpoint
     in OUT opens when DIR is gone.
     """
+    if not name.startswith('hf:'):
+        return
     folder, kept, tmp = name.removeprefix('hf:'), f'{out}/tokenizer', f'{out}/.tokenizer.tmp'
     files = [file for file in FILES if os.path.isfile(f'{folder}/{file}')]
-    own = [file for file in VOCABULARY if file in files]
-    if not name.startswith('hf:') or not own:
+    vocabulary = [file for file in VOCABULARY if file in files]
+    if not vocabulary:
         return
     if os.path.isdir(kept):
-        if filecmp.cmpfiles(folder, kept, own, shallow=False)[0] != own:
+        same, _, _ = filecmp.cmpfiles(folder, kept, vocabulary, shallow=False)
+        if same != vocabulary:
             fail(f'{kept} holds another tokenizer than {folder}: choose another folder for the checkpoint')
         return
     try:
@@ -146,15 +149,21 @@ def of_tiktoken(name):
             ids += enc.encode_ordinary(part)
         return ids
 
+    def word(i):
+        try:
+            return enc.decode_single_token_bytes(i)
+        except KeyError:                             # an untrained model may say one that the vocabulary leaves out
+            return b''
+
     def decode(ids):
-        return enc.decode([i for i in ids if i < enc.n_vocab])       # an untrained model may say a padded one
+        return b''.join(map(word, ids)).decode(errors='replace')
     return Tokenizer(name, enc.n_vocab, enc.eot_token, encode, decode)
 
 
 def between_blanks(text):
     """
-    The text, cut where tiktoken would give up: inside white space of a million characters, before the last of them,
-    which is where its patterns part it from the word behind it.
+    The text in parts, for tiktoken gives up on white space of a million characters. Such white space is cut before its
+    last character, where the patterns of tiktoken cut it too.
     """
     if len(text) <= LONGEST_BLANK:
         return [text]

@@ -5,10 +5,10 @@ same seeds.
     python -m results.compare "NoPE head-log" "NoPE head"
     python -m results.compare "NoPE uniform-log" "NoPE uniform" --seeds 1,2,3
 
-Keys: the mean difference in points over the prompts, which are the same for every seed, and its standard error, from
-the trials that make encodings (or make ablations) left in --out. Marked * where it is two standard errors or more and
-no seed has the other sign: no accident of the prompts, for these models. Another seed is another model, and of those
-there are few: so the keys, and the loss from the csv, are shown by seed too.
+Keys: the mean difference in points over the prompts, which are the same for every seed, with its standard error, from
+the trials that make encodings (or make ablations) left in --out. A * marks two standard errors or more with no seed of
+the other sign: for these models, no accident of the prompts. Another seed is another model, and seeds are few, so keys
+and loss (from the csv) are shown for each.
 """
 import glob
 import statistics
@@ -45,7 +45,7 @@ def difference(pairs):
     return statistics.mean(means), spread / len(means) ** 0.5
 
 
-def signs(values, form):
+def joined(values, form):
     return ', '.join([format(value, form) for value in values])
 
 
@@ -53,7 +53,8 @@ def losses_of(file, dtype):
     """{(seed, row, length): loss} of the csv, as far as it was trained in this precision."""
     losses = {}
     for line in read_csv(file):
-        if line.get('dtype', dtype) == dtype:        # older files have no such column
+        # older files have neither column; trials() reads the runs without --threads
+        if line.get('dtype', dtype) == dtype and not line.get('threads'):
             losses[int(line['seed']), line['row'], int(line['length'])] = float(line['loss'])
     if not losses:
         fail(f'{file} has no rows: make them first (make encodings, or make ablations), or give --csv')
@@ -84,7 +85,7 @@ def shown_keys(pairs):
     star = ''
     if error and abs(mean) >= 2 * error and same_sign:
         star = '*'
-    return f'{100 * mean:+.1f} ±{100 * error:.1f}{star} | {signs(by_seed, "+.0f")}'
+    return f'{100 * mean:+.1f} ±{100 * error:.1f}{star} | {joined(by_seed, "+.0f")}'
 
 
 def shown_losses(losses, seeds, first, second, n):
@@ -95,7 +96,7 @@ def shown_losses(losses, seeds, first, second, n):
             by_seed.append(losses[seed, first, n] - losses[seed, second, n])
     if not by_seed:
         return '|'
-    return f'{statistics.mean(by_seed):+.4f} | {signs(by_seed, "+.4f")}'
+    return f'{statistics.mean(by_seed):+.4f} | {joined(by_seed, "+.4f")}'
 
 
 def parse_args(argv=None):

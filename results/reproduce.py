@@ -62,15 +62,17 @@ def parse_args(argv=None):
     if args.scale not in SCALES:
         fail(f'SCALE={args.scale} is not here: one of {" ".join(SCALES)}')
     synthetic = 'corpora' in SCALES[args.scale]
-    if synthetic and (args.text or args.tokenizer) or not synthetic and args.table != 'headline':
-        fail('--table is for the scales toy and tiny, --text and --tokenizer are for the others')
+    if synthetic and (args.text or args.tokenizer):
+        fail(f'SCALE={args.scale} makes its own text: --text and --tokenizer are for small and paper')
+    if not synthetic and args.table != 'headline':
+        fail(f'SCALE={args.scale} has one table, the headline: --table is for toy and tiny')
     if args.plot:
         pyplot(args.plot)                            # what is missing for it is known before the work
     return args
 
 
 def check(plan, missing, seed):
-    """Before the first stage: the GPUs that the scale takes are here. Days are shown before anybody starts them."""
+    """Before the first stage: shows the commands of what takes days, and ends the program where GPUs are missing."""
     if plan.about:
         print(plan.about)
         for stage in plan.stages(missing, seed, Machine('auto')):
@@ -86,7 +88,7 @@ def check_longest(plan):
     """After the corpora, before the hours: a document of val.bin is longer than the longest length."""
     folder = plan.data(plan.measured_on)
     longest = max(map(len, documents(*open_data(folder, 'val'), 'val')))
-    need = max(plan.lengths) + 256
+    need = max(plan.lengths) + plan.measure['stride']            # perplexity scores the stride behind it
     if longest < need:
         fail(f'{folder}/val.bin: its longest document has {longest:,} tokens, the longest length takes {need:,}: '
              'give longer texts')
@@ -121,11 +123,11 @@ def main(argv=None):
         if not any(line['row'] in plan.names for line in done):
             fail(f'{file} has no row of this table made with these flags: leave out --no_run')
         missing = {}
-    left = [row for rows in missing.values() for row in rows]
+    unmeasured = [row for rows in missing.values() for row in rows]
 
-    if left:
-        check(plan, left, args.seeds[0])
-        workers, threads = plan.share(len(left), args.threads)
+    if unmeasured:
+        check(plan, unmeasured, args.seeds[0])
+        workers, threads = plan.share(len(unmeasured), args.threads)
         todo = {run: plan.stages(rows, *run) for run, rows in missing.items()}
         corpora = plan.corpora_stages()
         clock = Clock(corpora + [stage for stages in todo.values() for stage in stages], workers)
@@ -134,7 +136,11 @@ def main(argv=None):
         check_longest(plan)
         for (seed, machine), stages in todo.items():
             wanted = missing[seed, machine]
-            name = f'seed {seed}' + machine.suffix.replace('-', ', ')
+            name = f'seed {seed}'
+            if machine.dtype != 'auto':
+                name += f', {machine.dtype}'
+            if machine.threads:
+                name += f', {machine.threads} threads'
             if len(wanted) < len(plan.rows):
                 print(f'{name}: {len(plan.rows) - len(wanted)} of {len(plan.rows)} rows are in {file} already')
             measured = 0
@@ -145,11 +151,8 @@ def main(argv=None):
                     measured += 1
                     print(f'{name}: {measured} of {len(wanted)} rows measured', flush=True)
 
-    shown = []
-    for line in done:
-        if any(int(line['seed']) == seed and line['dtype'] == machine.dtype
-               and line['threads'] == machine.threads_text for seed, machine in runs):
-            shown.append(line)
+    asked = {(seed, machine.dtype, machine.threads_text) for seed, machine in runs}
+    shown = [line for line in done if figures.run_of(line) in asked]
     if not shown:
         fail(f'{file} has no row of these seeds and this --dtype: leave out --no_run')
     figures.print_heat_maps(plan, args.seeds[0], machines[0])

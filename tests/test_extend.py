@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -822,6 +823,23 @@ def test_a_missing_compiler_is_known_before_the_work(corpus, trained, tmp_path, 
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     check_refused(extend, f'{HEAD} --ckpt {trained} --data {corpus} --out {tmp_path}/out', '--compile')
     assert not list(tmp_path.glob('out/*'))
+
+
+def test_measuring_needs_no_room_for_a_checkpoint(trained, corpus, tmp_path, monkeypatch):
+    flags = f'--ckpt {trained} --data {corpus} --out {tmp_path} --length 128 --eval_tokens 500 --measure ppl {CPU}'
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1000))
+    run(extend, flags, '--method none')
+    with refused('free some space'):
+        run(extend, flags, '--method uniform')
+
+
+def test_measuring_does_not_ask_for_a_batch_of_every_process():
+    args = extend.parse_args(['--ckpt', 'x', '--data', 'y', '--method', 'none', '--stride', '8', '--lengths', '32'])
+    sixteen = SimpleNamespace(world=16)
+    extension.check(args, False, build(), sixteen)
+    args.method = 'uniform'
+    with refused('--batch 8', '16 processes'):
+        extension.check(args, False, build(), sixteen)
 
 
 @pytest.mark.parametrize(

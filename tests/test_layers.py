@@ -214,6 +214,16 @@ def test_uniform_takes_a_law_as_published_in_the_nope_layers(law, straight, corp
         close(found, (want if i == 2 else torch.ones(299))[None, :, None].expand(2, 299, 1))
 
 
+@pytest.mark.parametrize('flags', ['--law logn', '--law swan --law_at 32'])
+def test_a_law_as_published_needs_no_tokens(flags, straight, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / 'data')
+    (tmp_path / 'data/train.bin').write_bytes(b'')   # as that of a corpus for measuring only
+    extended(straight, tmp_path / 'data', tmp_path / 'out', f'--method uniform {flags}')
+    (file,) = os.listdir(tmp_path / 'out')
+    saved = load_checkpoint(f'{tmp_path}/out/{file}')
+    assert saved['extended']['data_fingerprint'] is None
+
+
 @every_law
 def test_head_tunes_the_slopes_of_a_law_in_the_nope_layers(law, straight, corpus, tmp_path):
     before = load_model(load_checkpoint(straight)).state_dict()

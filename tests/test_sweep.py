@@ -222,7 +222,11 @@ def hits(tmp_path):
             os.makedirs(folder)
             write_csv(f'{folder}/x.passkey.csv', lines[:39] if name == 'RoPE' else lines)
     losses = [(1, 'NoPE', 0.5), (1, 'NoPE head', 0.4), (2, 'NoPE', 0.6), (2, 'NoPE head', 0.45)]
-    columns = [dict(seed=seed, dtype='fp32', row=name, length=256, loss=loss) for seed, name, loss in losses]
+    # --threads has runs of its own, whose rows may stand in the same csv
+    losses = [('', *loss) for loss in losses] + [('1', seed, name, 9.0) for seed, name, _ in losses]
+    columns = []
+    for threads, seed, name, loss in losses:
+        columns.append(dict(seed=seed, dtype='fp32', threads=threads, row=name, length=256, loss=loss))
     write_csv(f'{tmp_path}/rows.csv', columns)
     return found
 

@@ -86,7 +86,8 @@ def test_the_log_has_every_step_and_every_validation(straight):
 
 
 @pytest.mark.parametrize('flags, more', [
-    ('--preset small --steps 2', 3), ('--block_size 32 --steps 2', 3), ('--steps 9', 20)])
+    ('--preset small --steps 2', 3), ('--block_size 32 --steps 2', 3), ('--steps 9', 20),
+    ('--pe nope,nope --steps 2', 3)])
 def test_resume_needs_no_flag_that_was_not_given(flags, more, corpus, tmp_path):
     base = f'{TINY} {flags} --data {corpus} --out {tmp_path}'.replace('--min_length 16 ', '')
     run(train, base)
