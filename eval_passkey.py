@@ -7,8 +7,8 @@ template, the grid and the exact-match rule of Wang et al. 2024).
     torchrun --standalone --nproc_per_node=8 eval_passkey.py --ckpt out/tinyllama --lengths 2048,4096,8192,16384
 
 Every prompt with its answer is exactly as long as the column says. A key counts if every token of it would be decoded
-greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer exactly if the answer's
-tokens are each the likeliest after the true ones before. --decode decodes them one by one as well, through the cache.
+greedily. That needs one forward pass of prompt and answer: greedy decoding gives the answer if and only if each of its
+tokens is the likeliest one after the true tokens before it. --decode decodes them one by one, too, through the cache.
 Writes <checkpoint>.passkey.csv beside the checkpoint (or in --out): one row a trial, written anew after every batch.
 <checkpoint>.passkey.json keeps which checkpoint and flags it belongs to; --resume continues a file that matches.
 Prompts depend on (seed, length, depth, trial) only. Nothing is compiled: each length would compile again.
@@ -103,8 +103,9 @@ def main(argv=None):
         made = []
         for depth, trial in cells:
             rng = np.random.default_rng((args.seed, length, depth, trial))
-            made.append(make_prompt(tok, length, depth, args.depths, rng))
-            check_ids(made[-1][0] + made[-1][1], model.config, tok)
+            prompt, answer, position = make_prompt(tok, length, depth, args.depths, rng)
+            check_ids(prompt + answer, model.config, tok)
+            made.append((prompt, answer, position))
         prompts, answers, positions = zip(*made)
         scores = score(model, prompts, answers, env, args.decode)
         found = []
@@ -134,10 +135,10 @@ def main(argv=None):
             size = env.world * max(1, args.batch_tokens // length)
             for i in range(0, len(cells), size):
                 batch = cells[i:i + size]
-                own = batch[env.rank::env.world]
+                mine = batch[env.rank::env.world]
                 found = []
-                if own:
-                    found = measure(length, own)
+                if mine:
+                    found = measure(length, mine)
                 for part in env.gather(found):
                     rows += part
                 rows.sort(key=lambda r: (r['length'], r['depth'], r['trial']))
@@ -146,9 +147,7 @@ def main(argv=None):
                 estimate.update(len(batch) * flops(model, length))
                 bar.update(len(batch))
                 bar.set_postfix_str(f'length {length}, accuracy {accuracy(rows, length):.0%}')
-    how = ''
-    if args.decode:
-        how = ', decoded'
+    how = ', decoded' if args.decode else ''
     env.print(f'\npasskey accuracy of {args.ckpt}, {args.trials} prompts a cell, seed {args.seed}{how}')
     env.print(heat_map(rows, L))
     env.print(file)

@@ -10,9 +10,9 @@ put something else in the logarithm's place, see growth(). Layers may differ in 
     model = GPT(GPTConfig(vocab_size=68, pe='nope', **PRESETS['tiny']))
     logits, _ = model(idx)              # idx (B, T) int64 -> logits (B, T, V)
     _, loss = model(idx, targets)       # mean cross-entropy in nats; the logits are never whole in memory
-    idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (but pe='learned')
+    idx = model.generate(idx, 1000)     # as long as you like: nothing here knows a maximum length (except pe='learned')
 
-    python model.py out/nope "What is the pass key?" --max_new_tokens 1000        # a checkpoint goes on with a text
+    python model.py out/nope "What is the pass key?" --max_new_tokens 1000        # a checkpoint continues a text
 """
 import math
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ class GPTConfig:
     rope_inv_freq: list = None   # hs/2 inverse frequencies, where PI, NTK, YaRN or LongRoPE changed those of rope_theta
     rope_start: int = 0          # LongRoPE's n-hat: the first positions keep the frequencies of rope_theta
     law: str = 'length'          # what the slopes of temperatures multiply, see growth()
-    law_at: float = 0            # the tokens that a law measures in; 0 is block_size
-    temperatures: str = 'nope'   # tuned in the NoPE layers of a mixed model (in a model of one kind in all), or 'all'
+    law_at: float = 0            # the unit in which a law measures n, in tokens; 0 is block_size
+    temperatures: str = 'nope'   # which layers of a mixed model have tuned ones, or 'all'. Other models: every layer
 
     def __post_init__(self):
         self.window = str(self.window)
@@ -97,13 +97,13 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.nh, self.nkv, self.hs = c.n_head, c.n_kv_head, c.head_size
-        self.layer, self.norm_in_heads, self.eps = layer, c.qk_norm is True, c.norm_eps
+        self.layer, self.eps = layer, c.norm_eps
         self.pe, self.window = c.layer_pe[layer], c.layer_window[layer]
         self.q_proj = nn.Linear(c.n_embd, self.nh * self.hs, bias=False)
         self.k_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.v_proj = nn.Linear(c.n_embd, self.nkv * self.hs, bias=False)
         self.o_proj = nn.Linear(self.nh * self.hs, c.n_embd, bias=False)
-        self.norm_all_heads = c.qk_norm == 'full'
+        self.norm_in_heads, self.norm_all_heads = c.qk_norm is True, c.qk_norm == 'full'
         if self.norm_all_heads:
             self.q_norm = nn.RMSNorm(self.nh * self.hs, eps=c.norm_eps)
             self.k_norm = nn.RMSNorm(self.nkv * self.hs, eps=c.norm_eps)
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        # what is named pos_ may be missing from a checkpoint, where pe has changed; buffers are real on meta, too
+        # a checkpoint of another pe lacks these pos_ tables; buffers name a device, for load_model() builds on meta
         if c.pe == 'learned':
             self.pos_embed = nn.Embedding(c.block_size, c.n_embd)
         elif c.pe == 't5':
@@ -285,7 +285,7 @@ class GPT(nn.Module):
             else:
                 bias = -self.slopes[:, None, None] * back
             return bias.masked_fill(back < 0, -math.inf)[None]       # 4-D, or the fused kernel refuses it
-        if 0 < start < end - 1:                      # is_causal would align to the top left
+        if start > 0 and end - start > 1:            # is_causal would align the first query with the first key
             return torch.ones(end - start, end, dtype=torch.bool, device=pos.device).tril(start)
         return None
 
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             yield new
 
     def num_params(self, tables=True):
-        """What pre-training learns, a tied head once. tables: with those only looked up in, without arithmetic."""
+        """What pre-training learns; a tied head counts once. tables=False leaves out those that are only looked up."""
         total = 0
         for name, p in self.named_parameters():
             looked_up = 'embed' in name or name == 'pos_bias.weight'

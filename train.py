@@ -69,8 +69,8 @@ RECIPES = dict(
     # and whose rows are blocks of packed text without a BOS before them
     tinyllama=dict(steps=50_000, decay_steps=1_430_512, batch_tokens=2**21, eval_tokens=2**16, micro_batch=8,
                    rows='anywhere', bos=False, optimizer='adamw', lr=3.5e-4, muon_lr=2e-2, warmup=2000),
-    # no preset: what --init_from a converted checkpoint takes. Learning rate, steps and warm-up are those with which
-    # Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama, on 64 times as many tokens a step and without weight decay
+    # not a --preset, but what --init_from takes for a converted checkpoint. Learning rate, steps and warm-up are those
+    # with which Peng et al. 2024 (YaRN, sec. 4.1) fine-tune Llama, on 64 times as many tokens a step, without decay
     finetune=dict(steps=400, batch_tokens=2**16, eval_tokens=2**14, micro_batch=1, rows='anywhere',
                   optimizer='adamw', lr=2e-5, muon_lr=2e-5, warmup=20),
 )
@@ -96,15 +96,15 @@ def parse_args(argv=None):
                    'full: over all heads together, with learned gains')
     p.add_argument('--no-qk_norm', dest='qk_norm', action='store_false', default=None)
     p.add_argument('--qk_gain', action=yes_no, help='learn a factor on the scores of each head')
-    p.add_argument('--rope_fraction', type=fraction, help='p-RoPE: so many of the frequencies of RoPE rotate, the '
-                   'highest ones (default 1; 0.75 in the paper)')
-    p.add_argument('--scalable_softmax', dest='law', action='store_const', const='ssmax', help='learn a factor on the '
-                   'scores of each head times ln n for token n, instead of 1; with --init_from swapped in')
+    p.add_argument('--rope_fraction', type=fraction, help='p-RoPE: the share of RoPE\'s frequencies that rotate, '
+                   'the highest first (default 1; 0.75 in the paper)')
+    p.add_argument('--scalable_softmax', dest='law', action='store_const', const='ssmax', help='multiply the '
+                   'scores of token n by s ln n, with s learned for each head; --init_from may add it')
     for name in ('block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         p.add_argument(f'--{name}', type=positive_int, help='default: the preset\'s')
     # batch
     p.add_argument('--length', type=positive_int, help='tokens a row (default block_size); another to fine-tune at')
-    p.add_argument('--min_length', type=positive_int, help='each step draws length, length/2, ... down to this')
+    p.add_argument('--min_length', type=positive_int, help='each step draws its length: length, length/2, ... to this')
     p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: with a document that is longer '
                    'than they are, or anywhere')
     p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: yes, but '
@@ -142,8 +142,8 @@ def main(argv=None):
     val_data, val_meta = open_data(args.data, 'val')
     # lock before reading: a live run may be writing the checkpoint
     preflight(args.out, 0)
-    held = lock(args.out) if env.master else None    # noqa: F841 (as long as this process lives)
     if env.master:
+        locked = lock(args.out)                      # noqa: F841 (for as long as this file is open)
         keep_files(meta['tokenizer'], args.out)
     env.barrier()
 
@@ -284,16 +284,16 @@ def validate(model, data, bos, run, env, docs, log, stop):
     single process only; several would have to agree first).
     """
     T = run.length
-    own = spaced_rows(data, T, run.eval_tokens, docs)[env.rank::env.world]
+    mine = spaced_rows(data, T, run.eval_tokens, docs)[env.rank::env.world]
     if docs is not None:
         bos = None                                   # a document has its own
     total = torch.zeros(2, dtype=torch.float64)      # of loss, of rows
-    bar = log.bar(range(0, len(own), run.micro_batch), 'validation')
+    bar = log.bar(range(0, len(mine), run.micro_batch), 'validation')
     for i in bar:
         if stop.signal and env.world == 1:
             bar.close()
             return None
-        x = anchor([data[start:start + T + 1] for start in own[i:i + run.micro_batch]], bos).to(env.device)
+        x = anchor([data[start:start + T + 1] for start in mine[i:i + run.micro_batch]], bos).to(env.device)
         with env.autocast():
             loss = model(x[:, :-1], x[:, 1:])[1]
         total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)

@@ -70,7 +70,7 @@ def load_checkpoint(path):
     if file.endswith(('.safetensors', '.gguf')):
         fail(f'{file} is no checkpoint of train.py or extend.py: python -m data.hf.convert makes one of its folder')
     prev = file.removesuffix('.pt') + '.prev.pt'
-    other = f'; the one before is {prev}' if os.path.exists(prev) and prev != file else ''
+    other = f'; the one before is {prev}' if os.path.exists(prev) else ''
     try:
         with zipfile.ZipFile(file) as z:
             bad = z.testzip()                        # torch.load does not look at the checksums
@@ -85,9 +85,9 @@ def load_checkpoint(path):
         what = 'would run code when loaded' if unsafe else f'is not a whole checkpoint ({type(e).__name__})'
         fail(f'{file} {what}: restore it or train again{other}')
     keys = ('model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer')
-    lacks = [k for k in keys if k not in ckpt] if isinstance(ckpt, dict) else keys
-    if lacks:
-        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(lacks)}{other}')
+    missing = [key for key in keys if key not in ckpt] if isinstance(ckpt, dict) else keys
+    if missing:
+        fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(missing)}{other}')
     kept = os.path.join(os.path.dirname(os.path.abspath(file)), 'tokenizer')         # see keep_files()
     if ckpt['tokenizer'].startswith('hf:') and os.path.isdir(kept):
         ckpt['tokenizer'] = f'hf:{kept}'
@@ -191,10 +191,10 @@ def padded(n):
 def check_fits(config, meta, data_path, lengths=(), ckpt=None):
     """
     Ends the program where the data's vocabulary is not the model's, or a length lies outside a learned table. ckpt: the
-    checkpoint that the model comes from, whose tokenizer must be the data's, word by word. A model may have more rows
-    than its tokenizer has tokens: one of Hugging Face any number, one of ours those of padded(), which other tokenizers
-    may share. It may have fewer where the data uses none of the others. meta: of data, or of a tokenizer alone, whose
-    ids are seen by check_ids() as they come.
+    checkpoint that the model comes from; its tokenizer and the data's must agree word by word. The model may have more
+    rows than its tokenizer has tokens: those of padded() if it was trained here, any number if it came from Hugging
+    Face. It may have fewer if the data uses none of the missing ids. meta: of data, or of a tokenizer alone, whose ids
+    check_ids() sees as they come.
     """
     n = meta['vocab_size']
     made_with = ckpt and ckpt['tokenizer']

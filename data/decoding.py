@@ -24,22 +24,22 @@ class KVCache:
         far, or with a window the last window - 1 of them and these.
         """
         start, end = self.len, self.len + k.size(2)
-        held = self.kv.get(layer)
+        cached = self.kv.get(layer)
         if window:
             kv = torch.stack((k, v))
-            if held is not None:
-                kv = torch.cat((held, kv), dim=3)
+            if cached is not None:
+                kv = torch.cat((cached, kv), dim=3)
             self.kv[layer] = kv[:, :, :, max(0, kv.size(3) - window + 1):].clone()           # a view would hold it all
             return kv
-        if held is None or end > held.size(3):
+        if cached is None or end > cached.size(3):
             B, nkv, _, hs = k.shape
             larger = k.new_empty(2, B, nkv, max(2 * start, end + 64), hs)
-            if held is not None:
-                larger[:, :, :, :start] = held[:, :, :, :start]
-            held = self.kv[layer] = larger
-        held[0, :, :, start:end] = k
-        held[1, :, :, start:end] = v
-        return held[:, :, :, :end]
+            if cached is not None:
+                larger[:, :, :, :start] = cached[:, :, :, :start]
+            cached = self.kv[layer] = larger
+        cached[0, :, :, start:end] = k
+        cached[1, :, :, start:end] = v
+        return cached[:, :, :, :end]
 
 
 def sample(logits, temperature, top_k=None, top_p=None):
@@ -55,6 +55,7 @@ def sample(logits, temperature, top_k=None, top_p=None):
     probs = (logits / temperature).softmax(-1)
     if top_p is not None:
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered        # of all likelier tokens together
-        probs = probs.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0)
+        before = ordered.cumsum(-1) - ordered        # the probability of all likelier tokens together
+        beyond = before >= top_p                     # in sorted order; scatter brings it back to that of the ids
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     return torch.multinomial(probs, 1)

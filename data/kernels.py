@@ -45,13 +45,13 @@ def attend_window(q, k, v, window):
         return attend(q, k, v)                       # nothing is too far
     size = min(window, T)
     blocks = math.ceil(T / size)
-    lacks, after = window - before, blocks * size - T
-    q = F.pad(q, (0, 0, 0, after)).view(B, nh, blocks, size, hs).transpose(1, 2).flatten(0, 1)
-    k = F.pad(k, (0, 0, lacks, after)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
-    v = F.pad(v, (0, 0, lacks, after)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    pad_left, pad_right = window - before, blocks * size - T
+    q = F.pad(q, (0, 0, 0, pad_right)).view(B, nh, blocks, size, hs).transpose(1, 2).flatten(0, 1)
+    k = F.pad(k, (0, 0, pad_left, pad_right)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    v = F.pad(v, (0, 0, pad_left, pad_right)).unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
     i = torch.arange(size, device=q.device)[:, None]
     j = torch.arange(window + size, device=q.device)             # key i + window is query i's own
-    real = torch.arange(blocks, device=q.device)[:, None, None] * size + j >= lacks
+    real = torch.arange(blocks, device=q.device)[:, None, None] * size + j >= pad_left
     mask = (i < j) & (j <= i + window) & real        # (blocks, size, window + size)
     y = attend(q, k, v, mask.repeat(B, 1, 1)[:, None])           # (B blocks, nh, size, hs)
     return y.view(B, blocks, nh, size, hs).transpose(1, 2).flatten(2, 3)[:, :, :T]

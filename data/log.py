@@ -92,11 +92,11 @@ class Log:
             mfu = speed * self.flops / (self.peak * self.env.world)
             shown = f' | mfu {mfu:.1%}'
         mem = used_memory(self.env.device)
-        left = (run.steps - step) * run.batch_tokens / speed / 60
+        minutes_left = (run.steps - step) * run.batch_tokens / speed / 60
         row = dict(step=step, tokens=step * run.batch_tokens, loss=loss, lr=lr, grad_norm=norm, tok_s=speed, mfu=mfu,
                    mem_gb=mem)
         self.write(row, f'step {step:,}/{run.steps:,} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | '
-                   f'{speed:,.0f} tok/s{shown} | {mem:.2f} GB | {left:.1f} min left', saved)
+                   f'{speed:,.0f} tok/s{shown} | {mem:.2f} GB | {minutes_left:.1f} min left', saved)
         self.restart(step)
 
     def summary(self, step):
@@ -104,9 +104,9 @@ class Log:
             low, median, high = np.percentile(self.times, (5, 50, 95))
             self.env.print(f'a step: {median:,.1f} ms in the median, 5 to 95 %: {low:,.1f} to {high:,.1f}, '
                            f'the longest {max(self.times):,.1f}')
-        left = 'log.jsonl' if self.run.benchmark else 'ckpt.pt'
+        result = 'log.jsonl' if self.run.benchmark else 'ckpt.pt'
         self.env.print(f'done: {step * self.run.batch_tokens:,} tokens, {time.time() - self.began:.0f} s, '
-                       f'{self.run.out}/{left}')
+                       f'{self.run.out}/{result}')
 
 
 def used_memory(device):

@@ -22,7 +22,7 @@ def pi(c, length):
 
 
 def ntk(c, length):
-    """NTK-aware scaling (bloc97 2023): PI's division for the lowest frequency, none for the highest -> as pi."""
+    """NTK-aware scaling (bloc97 2023): PI's division for the lowest frequency, none for the highest -> as pi()."""
     hs = c.head_size
     base = c.rope_theta * (length / c.block_size) ** (hs / max(1, hs - 2))
     return [base ** (-2 * m / hs) for m in range(hs // 2)], 1.0
@@ -33,12 +33,12 @@ def yarn(c, length):
     hs = c.head_size
     s = length / c.block_size
 
-    def dimension(turns):
-        """The (fractional) dimension that turns so often within the training length."""
+    def pair(turns):
+        """The (fractional) index of the pair of dimensions that turns so often within the training length."""
         return hs * math.log(c.block_size / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
 
-    low = max(0, math.floor(dimension(32)))
-    high = min(hs - 1, math.ceil(dimension(1)))
+    low = max(0, math.floor(pair(32)))
+    high = min(hs - 1, math.ceil(pair(1)))
     inv_freq = []
     for m, freq in enumerate(rope_frequencies(c)):
         ramp = min(1.0, max(0.0, (m - low) / max(1e-3, high - low)))       # 0: kept as trained, 1: divided by s
@@ -88,8 +88,8 @@ def alibi_slopes(n_head):
 
 def growth(c, n):
     """
-    What the slope of a temperature multiplies, by the law of a GPTConfig. n: the tokens up to each query, (T,); for the
-    law of the length those of the whole sequence, (1,). All laws but that one let a decoder go on without an end.
+    What the slope of a temperature multiplies, by the law of a GPTConfig. n: the tokens that each query sees, (T,); for
+    the law 'length' those of the whole sequence, (1,). Only that one must know the final length before it begins.
     """
     at = c.law_at or c.block_size
     if c.law == 'ssmax':                             # scalable softmax (Nakanishi 2025): s_h ln n, scale_h is 0

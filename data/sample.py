@@ -1,5 +1,5 @@
 """
-Prints how a checkpoint goes on with a text: python model.py out/nope "What is the pass key?" --max_new_tokens 1000
+Prints how a checkpoint continues a text: python model.py out/nope "What is the pass key?" --max_new_tokens 1000
 """
 import torch
 

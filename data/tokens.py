@@ -114,7 +114,8 @@ def random_vocab(path):
 def random_data(vocab, split):
     """(tokens, meta) for benchmarks: they cost nothing to read and teach nothing."""
     dtype = np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
-    data = np.random.default_rng(split == 'val').integers(vocab, size=2**22, dtype=dtype)
+    seed = dict(train=0, val=1)[split]
+    data = np.random.default_rng(seed).integers(vocab, size=2**22, dtype=dtype)
     part = dict(tokens=len(data), docs=[0], sha256='random')
     return data, dict(tokenizer='random', dtype=dtype.name, vocab_size=vocab, bos=None, train=part, val=part)
 
@@ -247,10 +248,10 @@ def get_batch(data, bos, rows, T, seed, step, rank=0, world=1, docs=None):
     """
     places = row_starts(data, T, docs)
     drawn = np.random.default_rng((seed, step)).integers(len(places), size=rows)
-    own = [places[i] for i in drawn[rank * rows // world:(rank + 1) * rows // world]]
+    mine = [places[i] for i in drawn[rank * rows // world:(rank + 1) * rows // world]]
     if docs is not None:
         bos = None                                   # it is there already
-    x = anchor([data[start:start + T + 1] for start in own], bos)
+    x = anchor([data[start:start + T + 1] for start in mine], bos)
     return x[:, :-1], x[:, 1:]
 
 

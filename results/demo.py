@@ -77,8 +77,8 @@ def main(argv=None):
         if code:
             sys.exit(code)
         cells = [title]
+        lines = read_csv(f'{args.out}/{name}.passkey.csv')
         for n in lengths:
-            lines = read_csv(f'{args.out}/{name}.passkey.csv')
             hits = [int(line['accuracy']) for line in lines if int(line['length']) == n]
             cells.append(f'{100 * sum(hits) / len(hits):.0f}')
         table.append('| ' + ' | '.join(cells) + ' |')

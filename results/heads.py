@@ -88,24 +88,25 @@ def show(alone, base, shares, places):
 
 def plot(alone, base, shares, counting, places, L, args):
     """The loss past the training length with each head sharpened alone, and the share by place."""
-    fig, (left, right) = pyplot(args.plot).subplots(1, 2, figsize=(11, 4), layout='constrained')
+    fig, (loss_ax, share_ax) = pyplot(args.plot).subplots(1, 2, figsize=(11, 4), layout='constrained')
     for i, ((layer, head), (_, past)) in enumerate(alone.items()):
-        left.bar(i, past, color=f'C{layer}')
-        right.plot(places, shares[layer, head], color=f'C{layer}', linewidth=1)
-    left.axhline(base[1], color='black', linestyle=':', label='as it is')
-    left.set(xlabel=f'the head that is {args.factor:g} times as sharp', ylabel='loss past the training length (nats)')
+        loss_ax.bar(i, past, color=f'C{layer}')
+        share_ax.plot(places, shares[layer, head], color=f'C{layer}', linewidth=1)
+    loss_ax.axhline(base[1], color='black', linestyle=':', label='as it is')
+    loss_ax.set_xlabel(f'the head that is {args.factor:g} times as sharp')
+    loss_ax.set_ylabel('loss past the training length (nats)')
     n_layer, n_head, _ = shares.shape
-    left.set_xticks(range(0, n_layer * n_head, n_head), [f'layer {layer}' for layer in range(n_layer)])
-    left.legend(fontsize='small', loc='lower right')
+    loss_ax.set_xticks(range(0, n_layer * n_head, n_head), [f'layer {layer}' for layer in range(n_layer)])
+    loss_ax.legend(fontsize='small', loc='lower right')
     for (layer, head), w in counting.items():
         share = w / (w + torch.tensor(places) - 1)
-        right.plot(places, share, color='black', linestyle=':')
+        share_ax.plot(places, share, color='black', linestyle=':')
         label = f'layer {layer} head {head}: {w:.0f} / ({w:.0f} + n - 1)'
-        right.annotate(label, (places[2], share[2]), xytext=(8, 4), textcoords='offset points')
-    right.axvline(L, color='black', linestyle='--', linewidth=1)
-    right.set_xscale('log', base=2)
-    right.set_xticks(places, [f'{n:,}' for n in places])
-    right.set(xlabel='token n (dashed: training length)', ylabel='share of its attention on the first token')
+        share_ax.annotate(label, (places[2], share[2]), xytext=(8, 4), textcoords='offset points')
+    share_ax.axvline(L, color='black', linestyle='--', linewidth=1)
+    share_ax.set_xscale('log', base=2)
+    share_ax.set_xticks(places, [f'{n:,}' for n in places])
+    share_ax.set(xlabel='token n (dashed: training length)', ylabel='share of its attention on the first token')
     fig.savefig(args.plot, dpi=130)
     print(f'\n{args.plot}')
 

@@ -127,7 +127,7 @@ def run_stages(stages, workers, threads, clock):
             if has_screen:
                 screen.release()
 
-    ended, waiting, running = {None}, list(stages), {}
+    ended, waiting, running = {None}, list(stages), {}           # None: what a stage comes after that waits for none
     with ThreadPoolExecutor(workers) as pool:
         try:
             while waiting or running:

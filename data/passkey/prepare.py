@@ -5,8 +5,8 @@ The synthetic corpus of the tiny reproduction: generated, no download, a vocabul
     python -m data.passkey.prepare --out data/passkey_long --longest 8192 --seed 1      # longer documents, to extend on
 
 Each document is the landmark template (Mohtashami & Jaggi 2023, as Wang et al. 2024 use it), of random length
-(log-uniform, 64 to --longest tokens): the task, then sentences of garbage in random order, between them one key, told
-once anywhere, and behind it the question with its answer, 1 to --questions times, anywhere too.
+(log-uniform, 64 to --longest tokens): the task, then sentences of garbage in random order. Among them one key is told,
+once, at a random place, and after it the question with its answer stands 1 to --questions times, at random places too.
 """
 import functools
 import re
@@ -32,10 +32,14 @@ def get_encoding():
     """The corpus's word-level tiktoken.Encoding."""
     import tiktoken
     text = TASK + ''.join(GARBAGE) + INFO + QUESTION + ANSWER
-    words = dict.fromkeys(WORD.findall(text.format(key='')))
-    words.update(dict.fromkeys([f' {d}' for d in range(10)] + [f'{d}' for d in range(10)]))
-    pattern = '|'.join(re.escape(w) for w in sorted(words, key=len, reverse=True))
-    return tiktoken.Encoding('passkey', pat_str=pattern, mergeable_ranks={w.encode(): i for i, w in enumerate(words)},
+    words = WORD.findall(text.format(key=''))
+    words += [f' {digit}' for digit in range(10)]
+    words += [f'{digit}' for digit in range(10)]
+    words = list(dict.fromkeys(words))               # each once; a word's place is its id
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = '|'.join(map(re.escape, longest_first))
+    ids = {word.encode(): i for i, word in enumerate(words)}
+    return tiktoken.Encoding('passkey', pat_str=pattern, mergeable_ranks=ids,
                              special_tokens={'<|endoftext|>': len(words)})
 
 
@@ -47,7 +51,8 @@ def document(rng, n, encode, questions):
     garbage = [encode(sentence) for sentence in GARBAGE]
     ids = list(encode(TASK))
     tell_at = len(ids) + rng.integers(max(1, n - len(ids) - TELLING - ASKING))
-    ask_at = rng.integers(tell_at, max(tell_at + 1, n - ASKING), size=rng.integers(1, questions + 1))
+    n_questions = rng.integers(1, questions + 1)
+    ask_at = rng.integers(tell_at, max(tell_at + 1, n - ASKING), size=n_questions)
     ask_at = sorted(ask_at.tolist())
     told = False
     while len(ids) < n:
@@ -63,7 +68,8 @@ def document(rng, n, encode, questions):
 
 def generate(tokens, questions, seed, longest):
     """Yields documents until there are `tokens` ids."""
-    rng, encode = np.random.default_rng(seed), functools.cache(get_encoding().encode_ordinary)
+    rng = np.random.default_rng(seed)
+    encode = functools.cache(get_encoding().encode_ordinary)
     while tokens > 0:
         n = int(np.exp(rng.uniform(np.log(64), np.log(longest))))
         ids = document(rng, n, encode, questions)[:n]
@@ -90,9 +96,9 @@ def main(argv=None):
     from data.tokenizer import get_tokenizer
     from data.tokens import write_data
     args = parse_args(argv)
-    splits = {}
-    for i, (split, tokens) in enumerate(dict(train=args.tokens, val=min(args.tokens, 1_000_000)).items()):
-        splits[split] = generate(tokens, args.questions, (args.seed, i), args.longest)
+    n_val = min(args.tokens, 1_000_000)
+    splits = dict(train=generate(args.tokens, args.questions, (args.seed, 0), args.longest),
+                  val=generate(n_val, args.questions, (args.seed, 1), args.longest))
     meta = write_data(args.out, get_tokenizer('passkey'), splits, source=f'generated: {vars(args)}')
     for split in splits:
         print(f'{args.out}/{split}.bin: {meta[split]["tokens"]:,} tokens, {meta[split]["n_docs"]:,} documents, '

@@ -30,10 +30,11 @@ def make_prompt(tok, length, depth, n_depths, rng):
     key = rng.integers(10000, 100000)
     info, answer = INFO.format(key=key), ANSWER.format(key=key)
     garbage = ''.join(GARBAGE)
-    sizes = []                                       # of each sentence of garbage after the others, in tokens
-    for i in range(len(GARBAGE)):
-        upto, after = garbage + ''.join(GARBAGE[:i]), garbage + ''.join(GARBAGE[:i + 1])
-        sizes.append(len(encode(TASK + after)) - len(encode(TASK + upto)))
+    sizes = []                                       # tokens of each sentence, where garbage stands before it
+    so_far = TASK + garbage
+    for sentence in GARBAGE:
+        sizes.append(len(encode(so_far + sentence)) - len(encode(so_far)))
+        so_far += sentence
     fixed = len(encode(TASK + garbage + info + garbage + QUESTION + answer)) - 2 * sum(sizes)
     room = length - fixed                            # tokens of garbage
     if room < max(sizes):

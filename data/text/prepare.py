@@ -68,8 +68,8 @@ def read(file):
 
 def last_part(text, share):
     """
-    Where the last part of a single document begins, in characters; with a line where one begins near. 0: it is too
-    short for two parts.
+    The character at which the last `share` of a text begins, moved back to the start of a line if one is within 1,000
+    characters. 0 if the text is too short for two parts.
     """
     cut = round((1 - share) * len(text))
     if cut == len(text):
