@@ -30,8 +30,8 @@ from data.checkpoint import (
     preflight,
     stem,
 )
-from data.figures import accuracy, draw, heat_map, pyplot, write_csv
-from data.measure import flops, rows_so_far
+from data.figures import accuracy, draw, heat_map, pyplot
+from data.measure import flops, rows_so_far, save_rows
 from data.passkey.prompt import make_prompt, usable_lengths
 from data.runtime import Estimate, check_fused, choose_dtype, finish, int_list, parser, positive_int, setup
 
@@ -96,7 +96,7 @@ def main(argv=None):
     check_fused(model, max(lengths), env)
     out = args.out or os.path.dirname(find_checkpoint(args.ckpt)) or '.'
     preflight(out, 0)
-    file = f'{out}/{stem(args.ckpt)}.passkey.csv'
+    file, note = f'{out}/{stem(args.ckpt)}.passkey.csv', f'{out}/{stem(args.ckpt)}.passkey.json'
 
     def measure(length, cells):
         """Rows of the csv for these (depth, trial), in one batch."""
@@ -118,7 +118,7 @@ def main(argv=None):
                    dtype=env.dtype, decode=args.decode)
     rows = []
     if env.master:
-        rows = rows_so_far(file, f'{out}/{stem(args.ckpt)}.passkey.json', made_by, COLUMNS, args.resume)
+        rows = rows_so_far(file, note, made_by, COLUMNS, args.resume)
     rows = env.broadcast(rows)                       # each process must leave out the same
     done = {(r['length'], r['depth'], r['trial']) for r in rows}
     todo = {}
@@ -143,7 +143,7 @@ def main(argv=None):
                     rows += part
                 rows.sort(key=lambda r: (r['length'], r['depth'], r['trial']))
                 if env.master:                       # every finished batch is safe
-                    write_csv(file, rows)
+                    save_rows(file, note, made_by, rows)
                 estimate.update(len(batch) * flops(model, length))
                 bar.update(len(batch))
                 bar.set_postfix_str(f'length {length}, accuracy {accuracy(rows, length):.0%}')

@@ -9,7 +9,7 @@ Extends a trained checkpoint past its training length, and measures what that do
     torchrun --standalone --nproc_per_node=8 extend.py --ckpt out/paper --data data/corpus --method head --length 8192
 the paper's Table 2: --method none --lengths 2048,4096,8192,16384 --stride 256 --eval_tokens 2097152 --protocol paper
 
-Sharper attention extends any encoding: lambda_h = scale_h + slope_h ln max(1, n / L) for a sequence of n tokens
+Sharper attention, for any encoding: lambda_h = scale_h + slope_h ln max(1, n / L) for a sequence of n tokens
 and the training length L; --law has others, which go by the position of a query. RoPE is also extended by slower
 rotation (fine-tune it with train.py --init_from, --length).
 
@@ -45,7 +45,7 @@ from data.extension import (
     set_law,
 )
 from data.figures import extension_tables, plot_extension, pyplot
-from data.measure import choose_windows, long_enough, measure, measure_base, write_measured
+from data.measure import choose_windows, forget, long_enough, measure, measure_base, write_measured
 from data.rope import longrope, ntk_grid, stretch
 from data.runtime import (
     check_fused,
@@ -339,6 +339,7 @@ def main(argv=None):
         tokens = record.batches * args.batch * args.length
         seconds = time.time() - began
         if env.master:
+            forget(f'{args.out}/{name}')
             save(f'{args.out}/{name}.pt', ckpt, model, meta, record, tokens, seconds, args)
         env.print(f'{args.out}/{name}.pt: {tokens:,} tokens, {seconds:.0f} s')
         if args.measure and as_trained(model):

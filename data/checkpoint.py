@@ -66,7 +66,7 @@ def load_checkpoint(path):
         before = os.fspath(path).removesuffix('.pt') + '.prev.pt'
         if os.path.exists(before):
             fail(f'no checkpoint at {path}: a save was cut short; the one before is {before}')
-        fail(f'no checkpoint at {path}{inside}: train one with train.py --out')
+        fail(f'no checkpoint at {path}{inside}: train one with train.py --out, or convert one with data.hf.convert')
     if file.endswith(('.safetensors', '.gguf')):
         fail(f'{file} is no checkpoint of train.py or extend.py: python -m data.hf.convert makes one of its folder')
     prev = file.removesuffix('.pt') + '.prev.pt'

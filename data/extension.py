@@ -70,7 +70,7 @@ def best_of(values, use, what, model, corpus, args, env):
     if args.length <= past:
         past = 0
     curve = []
-    for value in progress(env, values, desc=f'{args.method} at {args.length}', leave=False):
+    for value in progress(env, values, desc=f'grid of {what} at {args.length}', leave=False):
         use(value)
         curve.append((value, loss_of(model, corpus, args, env, past)))
     best, lowest = min(curve, key=itemgetter(1))
@@ -195,9 +195,12 @@ def check(args, rope_only, model, env):
     if (heads(model) != 1).any() or (heads(model, 'slope') != 0).any():
         fail(f'{args.ckpt} has been extended already, or was imported with temperatures (YaRN, gains): start '
              'from a checkpoint without')
-    if rope_only and (pe != 'rope' or model.config.rope_inv_freq or args.length <= L):
-        fail(f'--method {args.method} stretches the frequencies of an unextended pe=rope checkpoint to a --length '
-             f'above {L}: this one is pe={pe}')
+    if rope_only and pe != 'rope':
+        fail(f'--method {args.method} stretches the frequencies of pe=rope: {args.ckpt} is pe={pe}')
+    if rope_only and model.config.rope_inv_freq:
+        fail(f'--method {args.method} stretches frequencies as trained: those of {args.ckpt} are stretched already')
+    if rope_only and args.length <= L:
+        fail(f'--method {args.method} needs a --length above the training length {L}: not {args.length}')
     if rope_only and model.config.rope_fraction < 1:
         fail(f'--method {args.method} stretches all frequencies: of rope_fraction {model.config.rope_fraction:g} '
              'some are zero')

@@ -29,7 +29,8 @@ def windows(docs, longest, stride, tokens):
         if n > 0:
             room.append((n, doc))
     if not room:
-        too_short(docs, f'has {longest + stride:,} tokens', '--lengths or --stride')
+        needed = f'has the {longest + stride:,} tokens of the longest length and a stride'
+        too_short(docs, needed, '--lengths or --stride')
     room.sort(key=itemgetter(0))                     # short documents first: what they lack, the others give
     found = []
     for i, (n, doc) in enumerate(room):
@@ -237,6 +238,13 @@ def write_measured(name, ppl, entropy, args, env):
         write_csv(f'{args.out}/{name}.entropy.csv', entropy)
 
 
+def forget(stem):
+    """Removes what was measured of a checkpoint: another one is about to take its name."""
+    for kind in '.ppl.csv', '.paper.ppl.csv', '.entropy.csv', '.passkey.csv', '.passkey.json', '.measured.json':
+        with suppress(FileNotFoundError):
+            os.remove(stem + kind)
+
+
 def measure_base(model, docs, bos, meta, args, env):
     """
     measure() of --ckpt itself, once for all its extensions: beside the csv is a file that has the rows and what made
@@ -281,7 +289,10 @@ def rows_so_far(file, note, made_by, columns, resume):
             fail(f'{file} is damaged: leave out --resume, or choose another --out')
         print(f'{file} has {len(rows)} prompts already')
         return rows
-    with suppress(FileNotFoundError):                # rows of other flags must not stand beside the new note
-        os.remove(file)
-    write_json(note, made_by)
     return []
+
+
+def save_rows(file, note, made_by, rows):
+    """The rows so far, and then the note: between the two a csv of other flags is refused, not gone on with."""
+    write_csv(file, rows)
+    write_json(note, made_by)

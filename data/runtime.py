@@ -46,12 +46,24 @@ def finish(code=0):
         os._exit(code)
 
 
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
+    """--help names the default of each flag whose own help does not."""
+
+    def add_argument(self, action):
+        value, text = action.default, action.help or ''
+        if isinstance(value, list):
+            value = ','.join(map(str, value))
+        is_value = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if is_value and value != argparse.SUPPRESS and 'default' not in text:
+            action.help = f'{text} (default {value})'.strip()
+        super().add_argument(action)
+
+
 def parser(doc):
     """An argparse.ArgumentParser that prints the docstring as it is, without abbreviations; bad flags cost one line."""
     if sys.platform == 'win32':
         fail('Windows is not supported (files are locked and replaced as on Linux): run this inside WSL')
-    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=HelpWithDefaults)
     p.error = lambda message: fail(f'{message} (--help lists the flags)')
 
     def parse_args(argv=None):
@@ -166,7 +178,11 @@ class Env:
 
 
 def explain(kind, e, trace):
-    """sys.excepthook: what does not fit in memory, and a process that has lost the others, costs one line as well."""
+    """sys.excepthook: Ctrl-C, too little memory, and a process that has lost the others cost one line as well."""
+    if kind is KeyboardInterrupt:
+        print('interrupted: what was written so far is whole', file=sys.stderr, flush=True)
+        finish(130)
+        return
     first = (str(e).splitlines() or [''])[0]
     line = None
     if issubclass(kind, torch.OutOfMemoryError) or 'not enough memory' in first:

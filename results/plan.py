@@ -224,7 +224,10 @@ class Plan:
         return f'{self.folder(row.run, seed, machine)}/{name}'
 
     def stages(self, rows, seed, machine):
-        """What makes these rows: their runs, then the rows, those that tune or train first, since they take longest."""
+        """
+        What makes these rows: each run, and then its rows, so that they are there early. Those that tune or train come
+        first, since they take longest.
+        """
         def order(row):                              # False sorts before True
             return not row.train_on, row.method not in TUNED
 
@@ -232,8 +235,11 @@ class Plan:
         names = {}                                   # of the runs, each once, in the order in which they are needed
         for row in rows:
             names |= dict.fromkeys(self.chain(row.run))
-        runs = [self.run_stage(name, seed, machine) for name in names]
-        return runs + [self.row_stage(row, seed, machine) for row in rows]
+        stages = []
+        for name in names:
+            stages.append(self.run_stage(name, seed, machine))
+            stages += [self.row_stage(row, seed, machine) for row in rows if row.run == name]
+        return stages
 
     def command(self, script, options):
         return Command(script, options, processes=self.processes)

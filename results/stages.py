@@ -104,8 +104,9 @@ def run(command, threads=None, log=None):
 
 def run_stages(stages, workers, threads, clock):
     """
-    Yields each stage as it ends. `workers` run at a time, with so many threads each; one of them has the terminal. When
-    one fails none begins any more, what is running still counts, and then the sweep ends as the failed one did.
+    Yields each stage as it ends. `workers` run at a time, with so many threads each; one of them has the terminal. Next
+    comes the first in the list that need not wait. When one fails none begins any more, what is running still counts,
+    and then the sweep ends as the failed one did.
     """
     screen, failed = threading.Lock(), []
 
@@ -131,7 +132,8 @@ def run_stages(stages, workers, threads, clock):
     with ThreadPoolExecutor(workers) as pool:
         try:
             while waiting or running:
-                for stage in [s for s in waiting if s.after in ended]:
+                ready = [stage for stage in waiting if stage.after in ended]
+                for stage in ready[:workers - len(running)]:
                     running[pool.submit(perform, stage)] = stage
                     waiting.remove(stage)
                 if not running:                      # what the rest waits for has failed

@@ -101,6 +101,18 @@ def test_without_resume_a_grid_begins_anew(grid):
     assert lengths_in(file) == [96] * 6 + [130] * 6
 
 
+def test_the_grid_before_stays_until_there_is_a_new_row(grid, monkeypatch):
+    file, flags = grid
+    before = file.read_text()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(eval_passkey, 'score', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(eval_passkey, flags.replace('--resume', ''), '--lengths 200')
+    assert file.read_text() == before
+
+
 def test_default_lengths_have_room_for_a_prompt(trained, tmp_path):
     run(eval_passkey, f'--ckpt {trained} --depths 1 --trials 1 --out {tmp_path} {CPU}')
     # half the training length, 32, and the training length, 64, hold none

@@ -79,6 +79,13 @@ def test_what_waited_begins_when_its_own_stage_is_done(workers, order, monkeypat
         assert names == order
 
 
+def test_the_rows_of_a_run_come_before_the_next_run(monkeypatch):
+    Jobs(monkeypatch)
+    todo = [stage('first', seconds=0.2), stage('row', after='first'), stage('second'), stage('third')]
+    assert ended(todo, 1)[0] == ['first', 'row', 'second', 'third']
+    assert ended(todo, 2)[0] == ['second', 'third', 'first', 'row']  # what is ready does not wait for what is not
+
+
 @pytest.mark.parametrize('options, words', [
     (dict(steps=600), ['--steps', '600']), (dict(qk_norm=False), ['--no-qk_norm']), (dict(resume=True), ['--resume']),
     (dict(lengths=[64, 128]), ['--lengths', '64,128'])], ids=str)

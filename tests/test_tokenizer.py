@@ -71,6 +71,11 @@ def test_the_names_of_special_tokens_in_a_document_stay_text(name, tiny_tiktoken
     assert max(ids) < tok.n_vocab
 
 
+def test_a_folder_is_named_with_hf(tmp_path):
+    with refused(f'hf:{tmp_path} opens it'):
+        get_tokenizer(str(tmp_path))
+
+
 def test_ids_that_stand_for_no_token_decode_to_nothing(tiny_tiktoken):
     """An untrained model may sample them: cl100k_base leaves some out, and heads are padded."""
     assert get_tokenizer('tiny').decode([97, 300, 98, 100_000]) == 'ab'

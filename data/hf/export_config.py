@@ -79,7 +79,8 @@ def generation_config(source, ids, longest):
     config = {}
     if source and os.path.isfile(f'{source}/generation_config.json'):
         config = read_json(f'{source}/generation_config.json')
+    lengths = {'max_length': longest} if 'max_length' in config else {}
     for name in ('max_length', 'max_new_tokens', 'pad_token_id'):
         config.pop(name, None)
     named = {name: token for name, token in ids.items() if token is not None}
-    return {**named, **config, 'max_length': longest}
+    return named | config | lengths
