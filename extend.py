@@ -16,7 +16,7 @@ rotation (fine-tune it with train.py --init_from, --length).
 Writes <method>-<length>.pt beside the checkpoint (or in --out), which every script opens, and for both of them
   .ppl.csv      perplexity by length (.paper.ppl.csv with --protocol paper: other tokens)
   .entropy.csv  attention entropy in nats of each head in bands of positions, at the longest length
-The checkpoint's own numbers also go to <checkpoint>.measured.json: the next extension reads them there.
+The checkpoint's own stay in <checkpoint>.measured.json for the next extension; an older extension's are removed.
 """
 import argparse
 import math
@@ -339,8 +339,8 @@ def main(argv=None):
         tokens = record.batches * args.batch * args.length
         seconds = time.time() - began
         if env.master:
-            forget(f'{args.out}/{name}')
             save(f'{args.out}/{name}.pt', ckpt, model, meta, record, tokens, seconds, args)
+            forget(f'{args.out}/{name}')
         env.print(f'{args.out}/{name}.pt: {tokens:,} tokens, {seconds:.0f} s')
         if args.measure and as_trained(model):
             env.print(f'{name} is the checkpoint as it was: its numbers are too')

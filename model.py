@@ -54,7 +54,7 @@ class GPTConfig:
     rope_start: int = 0          # LongRoPE's n-hat: the first positions keep the frequencies of rope_theta
     law: str = 'length'          # what the slopes of temperatures multiply, see growth()
     law_at: float = 0            # the unit in which a law measures n, in tokens; 0 is block_size
-    temperatures: str = 'nope'   # which layers of a mixed model have tuned ones, or 'all'. Other models: every layer
+    temperatures: str = 'nope'   # the layers of a mixed model that have tuned ones, or 'all' (always so in others)
 
     def __post_init__(self):
         self.window = str(self.window)

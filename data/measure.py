@@ -239,7 +239,7 @@ def write_measured(name, ppl, entropy, args, env):
 
 
 def forget(stem):
-    """Removes what was measured of a checkpoint: another one is about to take its name."""
+    """Removes what was measured of a checkpoint: another one has taken its name."""
     for kind in '.ppl.csv', '.paper.ppl.csv', '.entropy.csv', '.passkey.csv', '.passkey.json', '.measured.json':
         with suppress(FileNotFoundError):
             os.remove(stem + kind)
@@ -293,6 +293,9 @@ def rows_so_far(file, note, made_by, columns, resume):
 
 
 def save_rows(file, note, made_by, rows):
-    """The rows so far, and then the note: between the two a csv of other flags is refused, not gone on with."""
+    """The rows so far, and the note. A csv without a note is refused, so the note of other rows goes first."""
+    if read_json(note) != made_by:
+        with suppress(FileNotFoundError):
+            os.remove(note)
     write_csv(file, rows)
     write_json(note, made_by)

@@ -52,8 +52,8 @@ class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
     def add_argument(self, action):
         value, text = action.default, action.help or ''
         if isinstance(value, list):
-            value = ','.join(map(str, value))
-        is_value = isinstance(value, str | int | float) and not isinstance(value, bool)
+            value = (' ' if action.nargs else ',').join(map(str, value))
+        is_value = isinstance(value, str | int | float) and not isinstance(value, bool) and value != ''
         if is_value and value != argparse.SUPPRESS and 'default' not in text:
             action.help = f'{text} (default {value})'.strip()
         super().add_argument(action)
@@ -65,6 +65,7 @@ def parser(doc):
         fail('Windows is not supported (files are locked and replaced as on Linux): run this inside WSL')
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=HelpWithDefaults)
     p.error = lambda message: fail(f'{message} (--help lists the flags)')
+    sys.excepthook = explain
 
     def parse_args(argv=None):
         args = argparse.ArgumentParser.parse_args(p, argv)
@@ -180,7 +181,8 @@ class Env:
 def explain(kind, e, trace):
     """sys.excepthook: Ctrl-C, too little memory, and a process that has lost the others cost one line as well."""
     if kind is KeyboardInterrupt:
-        print('interrupted: what was written so far is whole', file=sys.stderr, flush=True)
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print('interrupted: the files written so far are complete', file=sys.stderr, flush=True)
         finish(130)
         return
     first = (str(e).splitlines() or [''])[0]
@@ -208,7 +210,6 @@ def setup(args, dtype_later=False):
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     device = pick_device(args.device)
-    sys.excepthook = explain
     if world > 1 and not dist.is_initialized():
         meet(rank, world, device, timedelta(seconds=getattr(args, 'timeout', 600)))
         sys.excepthook = explain                     # torch.distributed had put its own before it

@@ -116,7 +116,7 @@ def of_hugging_face(name):
         fail('tokenizer hf:DIR needs transformers: pip install transformers')
     folder = os.path.abspath(name.removeprefix('hf:'))
     if not os.path.isdir(folder):
-        fail(f'tokenizer {name}: {folder} is not a folder: --tokenizer hf:DIR names the one where it is now')
+        fail(f'tokenizer {name}: {folder} is not a folder: say where it is now with --tokenizer hf:DIR')
     name = f'hf:{folder}'                            # found from wherever a script is started
     try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -135,9 +135,9 @@ def of_hugging_face(name):
 def of_tiktoken(name):
     import tiktoken
     names = tiktoken.list_encoding_names()
-    if os.path.isdir(name):
-        fail(f'tokenizer {name} is a folder: hf:{name} opens it')
     if name not in names:
+        if os.path.isdir(name):
+            fail(f'tokenizer {name} is a folder: hf:{name} opens it')
         fail(f'tokenizer {name!r} is unknown: bytes, passkey, hf:DIR or one of {" ".join(names)}')
     try:
         enc = tiktoken.get_encoding(name)

@@ -239,7 +239,7 @@ def recalibrated(args, size, model):
     if state['step'] < state['args']['steps']:
         return dict(unfinished=(f'at step {state["step"]}', 'the same command goes on'))
     folder = without if model.startswith('without') else args.smollm2
-    text, how = f'{args.smollm2}/text', SimpleNamespace(out=folder, **vars(size.measure))
+    text, how = f'{args.smollm2}/text', SimpleNamespace(out=folder, dtype='fp32', **vars(size.measure))
     ckpt, length = f'{folder}/ckpt.pt', size.measure.lengths[-1]
     if model.endswith('YaRN'):
         ckpt = smollm2.extended('yarn', length, text, how)

@@ -1,6 +1,6 @@
 """
 A real model end to end: SmolLM2-135M-Instruct (RoPE, 8,192 tokens) comes in, is extended to twice that by every method
-that RoPE has, is measured, and goes back to transformers, where the numbers must be the same.
+that RoPE has, is measured, and goes back to transformers, where the numbers must be the same (in fp32, up to 4,096).
 
     make smollm2 TEXT=~/books                   # from pip install to the table, an hour on two free cores
     python -m results.smollm2 --text ~/books    # a folder of text files; without it PG-19 and FineWeb-Edu, downloaded
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import frozen, load_checkpoint, load_model
+from data.checkpoint import frozen, load_checkpoint, load_model, stem
 from data.figures import pyplot, read_csv, write_csv
 from data.measure import perplexity
 from data.passkey.prompt import make_prompt
-from data.runtime import Env, fail, int_list, parser, positive_int
+from data.runtime import Env, choose_dtype, fail, int_list, parser, pick_device, positive_int
 from data.tokenizer import get_tokenizer
 from data.tokens import documents, open_data
 from eval_passkey import score
+from model import GPTConfig
 from results.stages import Command, run
 
 # what tunes sees so much text: a hundredth of what a GPU would take, enough to see where it leads
@@ -46,6 +47,8 @@ def parse_args(argv=None):
     p.add_argument('--methods', default=','.join(NAMES), help='those of extend.py (default: all)')
     p.add_argument('--eval_tokens', type=positive_int, default=512, help='scored at each length, 512 a window')
     p.add_argument('--depths', type=positive_int, default=2, help='passkey prompts at each length')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='of extending and measuring: '
+                   'auto takes the faster one')
     p.add_argument('--out', default='out/smollm2', help='folder of the checkpoints')
     p.add_argument('--csv', default='results/smollm2.csv', help='the table')
     p.add_argument('--plot', metavar='FILE.png', help='loss and log-probability of the key by length')
@@ -110,36 +113,39 @@ def extended(method, length, text, args, tuned=None):
     """The checkpoint that extend.py makes of args.out/ckpt.pt; tuned: its options, if not those of TUNED."""
     file = f'{args.out}/{method}-{length}.pt'
     if not os.path.exists(file):
-        options = dict(ckpt=f'{args.out}/ckpt.pt', data=text, method=method, length=length, eval_tokens=0)
+        options = dict(ckpt=f'{args.out}/ckpt.pt', data=text, method=method, length=length, eval_tokens=0,
+                       dtype=args.dtype)
         run(Command('extend.py', options | (tuned or TUNED.get(method, {}))))
     return file
 
 
-def cell(ppl, passkeys):
+def cell(ppl, passkeys, dtype):
     """Of the table, for a length: from a row of ppl.csv and rows of passkey.csv. logprob: of the whole key, in nats."""
     accuracy = np.mean([int(row['accuracy']) for row in passkeys])
     logprob = np.mean([float(row['logprob']) for row in passkeys])
-    return dict(docs=ppl['docs'], tokens=ppl['tokens'], nll=float(ppl['nll']), ppl=float(ppl['ppl']),
+    return dict(dtype=dtype, docs=ppl['docs'], tokens=ppl['tokens'], nll=float(ppl['nll']), ppl=float(ppl['ppl']),
                 prompts=len(passkeys), keys=float(accuracy), logprob=float(logprob))
 
 
 def measured(ckpt, lengths, text, args):
-    """-> {length: cell}, measured where it is not there yet."""
+    """-> {length: cell}, measured where it is not there yet, in a folder for each precision."""
+    folder = f'{args.out}/{args.dtype}'
+
     def of(kind):
         """{length: rows of its csv}"""
         found = {}
-        for row in read_csv(f'{ckpt.removesuffix(".pt")}.{kind}.csv'):
+        for row in read_csv(f'{folder}/{stem(ckpt)}.{kind}.csv'):
             found.setdefault(int(row['length']), []).append(row)
         return found
 
-    options = dict(ckpt=ckpt, lengths=','.join(map(str, lengths)))
+    options = dict(ckpt=ckpt, lengths=','.join(map(str, lengths)), dtype=args.dtype, out=folder)
     if not set(lengths) <= set(of('ppl')):
         how = dict(stride=args.stride, past=max(args.lengths), eval_tokens=args.eval_tokens, measure='ppl')
         run(Command('extend.py', dict(method='none', data=text) | options | how))
     if any(len(of('passkey').get(n, [])) < args.depths for n in lengths):
         run(Command('eval_passkey.py', options | dict(depths=args.depths, trials=1, seed=SEED, resume=True)))
     ppl, keys = of('ppl'), of('passkey')
-    return {n: cell(ppl[n][0], keys[n]) for n in lengths}
+    return {n: cell(ppl[n][0], keys[n], args.dtype) for n in lengths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +190,7 @@ def in_fp32(model, lengths, text, args):
             prompt, answer, _ = make_prompt(tok, n, depth, args.depths, rng)
             for hit, logprob in score(model, [prompt], [answer], env):
                 passkeys.append(dict(accuracy=hit, logprob=logprob))
-        found[n] = cell(row, passkeys)
+        found[n] = cell(row, passkeys, 'fp32')
     return found
 
 
@@ -239,7 +245,11 @@ def main(argv=None):
     base = f'{args.out}/ckpt.pt'
     if not os.path.exists(base):
         run(Command('-m data.hf.convert', {}, before=(folder, base)))
-    L = load_checkpoint(base)['config']['block_size']
+    config = GPTConfig(**load_checkpoint(base)['config'])
+    L = config.block_size
+    env = Env(device=pick_device('auto'))
+    choose_dtype(env, args.dtype, config, args.length)
+    args.dtype = env.dtype                           # chosen once, for all commands
     text, tuned_on = prepare_text(args, f'hf:{folder}')
 
     table = {'as it is': measured(base, args.lengths, text, args)}

@@ -104,9 +104,9 @@ def run(command, threads=None, log=None):
 
 def run_stages(stages, workers, threads, clock):
     """
-    Yields each stage as it ends. `workers` run at a time, with so many threads each; one of them has the terminal. Next
-    comes the first in the list that need not wait. When one fails none begins any more, what is running still counts,
-    and then the sweep ends as the failed one did.
+    Yields each stage as it ends. `workers` run at a time, with so many threads each; one of them has the terminal. The
+    next to start is the first in the list that does not wait for another. Once one fails, no other starts, what is
+    running still counts, and then the sweep ends as the failed one did.
     """
     screen, failed = threading.Lock(), []
 

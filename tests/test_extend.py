@@ -828,10 +828,11 @@ def test_a_missing_compiler_is_known_before_the_work(corpus, trained, tmp_path, 
 def test_what_was_measured_of_the_checkpoint_before_does_not_stay(trained, corpus, tmp_path):
     flags = f'--ckpt {trained} --data {corpus} --out {tmp_path} --method uniform --length 128 --grid_batches 1 {CPU}'
     run(extend, flags, '--grid 1.5 --eval_tokens 500')
-    assert (tmp_path / 'uniform-128.ppl.csv').exists()
+    (tmp_path / 'uniform-128.passkey.csv').write_text('length,depth\n')
+    kinds = '.ppl.csv', '.entropy.csv', '.passkey.csv'
+    assert all((tmp_path / f'uniform-128{kind}').exists() for kind in kinds)
     run(extend, flags, '--grid 2 --eval_tokens 0')
-    assert not (tmp_path / 'uniform-128.ppl.csv').exists()
-    assert not (tmp_path / 'uniform-128.entropy.csv').exists()
+    assert not any((tmp_path / f'uniform-128{kind}').exists() for kind in kinds)
 
 
 def test_measuring_needs_no_room_for_a_checkpoint(trained, corpus, tmp_path, monkeypatch):

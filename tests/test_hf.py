@@ -520,14 +520,15 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     assert sorted(os.listdir(tmp_path / 'out2')) == ['config.json', 'generation_config.json', 'pytorch_model.bin']
 
 
-def test_the_generation_config_fits_the_exported_model(saved, tmp_path):
+@pytest.mark.parametrize('length', [dict(max_length=128), {}])
+def test_the_generation_config_fits_the_exported_model(length, saved, tmp_path):
     hf = folder(tmp_path / 'hf', theirs(build(pe='rope').state_dict()))
-    stale = dict(max_length=128, max_new_tokens=100, eos_token_id=[2, 5], pad_token_id=99, top_p=0.9)
+    stale = dict(length, max_new_tokens=100, eos_token_id=[2, 5], pad_token_id=99, top_p=0.9)
     (hf / 'generation_config.json').write_text(json.dumps(stale))
     checkpoint(tmp_path / 'a.pt', build(), f'hf:{hf}', extended=dict(length=512))
     run(convert, tmp_path / 'a.pt', tmp_path / 'out')
     written = json.loads((tmp_path / 'out/generation_config.json').read_text())
-    assert written == dict(eos_token_id=[2, 5], top_p=0.9, max_length=512)
+    assert written == dict(eos_token_id=[2, 5], top_p=0.9) | {name: 512 for name in length}
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'passkey'])

@@ -113,6 +113,20 @@ def test_the_grid_before_stays_until_there_is_a_new_row(grid, monkeypatch):
     assert file.read_text() == before
 
 
+def test_rows_whose_note_was_not_written_are_not_gone_on_with(grid, monkeypatch):
+    _, flags = grid
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr('data.measure.write_json', killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(eval_passkey, flags.replace('--resume', ''), '--seed 9')
+    for seed in '', '--seed 9':                      # what the note before was of, and what the rows are of
+        with refused('leave out --resume'):
+            run(eval_passkey, flags, seed)
+
+
 def test_default_lengths_have_room_for_a_prompt(trained, tmp_path):
     run(eval_passkey, f'--ckpt {trained} --depths 1 --trials 1 --out {tmp_path} {CPU}')
     # half the training length, 32, and the training length, 64, hold none

@@ -54,26 +54,30 @@ def test_a_wrong_flag_costs_one_line(flags, words):
         parser().parse_args(flags.split())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# device, precision, compiler, kernels
-
 def test_help_names_the_default_of_every_flag(capsys):
     p = runtime.parser('what it does')
     p.add_argument('--steps', type=int, default=200)
     p.add_argument('--grid', default=[1, 1.5], help='lambdas to try')
+    p.add_argument('--size', nargs='+', default=['tiny', 'small'])
     p.add_argument('--rows', help='default: as trained')
+    p.add_argument('--files', default=[], help='none')
     with pytest.raises(SystemExit):
         p.parse_args(['--help'])
     said = capsys.readouterr().out
     assert '(default 200)' in said
     assert 'lambdas to try (default 1,1.5)' in said
+    assert '(default tiny small)' in said
     assert 'default: as trained\n' in said
+    assert 'none\n' in said
 
 
 def test_ctrl_c_is_one_line(capsys):
     runtime.explain(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert capsys.readouterr().err == 'interrupted: what was written so far is whole\n'
+    assert capsys.readouterr().err == 'interrupted: the files written so far are complete\n'
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device, precision, compiler, kernels
 
 def setup(**flags):
     return runtime.setup(SimpleNamespace(**dict(device='cpu', dtype='fp32', seed=0) | flags))

@@ -86,6 +86,13 @@ def test_the_rows_of_a_run_come_before_the_next_run(monkeypatch):
     assert ended(todo, 2)[0] == ['second', 'third', 'first', 'row']  # what is ready does not wait for what is not
 
 
+def test_a_run_is_followed_by_its_rows():
+    plan = Plan('toy')
+    names = [stage.name for stage in plan.stages(plan.rows, 1, Machine('auto'))]
+    runs = [names.index(f'{run}, seed 1') for run in ('nope', 'rope')]
+    assert all(runs[0] < names.index(f'{row.name}, seed 1') < runs[1] for row in plan.rows if row.run == 'nope')
+
+
 @pytest.mark.parametrize('options, words', [
     (dict(steps=600), ['--steps', '600']), (dict(qk_norm=False), ['--no-qk_norm']), (dict(resume=True), ['--resume']),
     (dict(lengths=[64, 128]), ['--lengths', '64,128'])], ids=str)

@@ -76,9 +76,19 @@ def test_a_folder_is_named_with_hf(tmp_path):
         get_tokenizer(str(tmp_path))
 
 
-def test_ids_that_stand_for_no_token_decode_to_nothing(tiny_tiktoken):
-    """An untrained model may sample them: cl100k_base leaves some out, and heads are padded."""
-    assert get_tokenizer('tiny').decode([97, 300, 98, 100_000]) == 'ab'
+def test_a_folder_does_not_hide_an_encoding_of_its_name(tiny_tiktoken, tmp_path, monkeypatch):
+    (tmp_path / 'tiny').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert get_tokenizer('tiny').encode('a') == [97]
+
+
+def test_ids_that_stand_for_no_token_decode_to_nothing(monkeypatch):
+    """An untrained model may sample them: cl100k_base leaves some out below its last one, and heads are padded."""
+    ranks = {bytes([i]): i for i in range(256)}
+    enc = tiktoken.Encoding('tiny', pat_str=r'(?s:.)', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 300})
+    monkeypatch.setattr(tiktoken, 'list_encoding_names', lambda: ['tiny'])
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: enc)
+    assert get_tokenizer('tiny').decode([97, 258, 98, 100_000]) == 'ab'
 
 
 @pytest.fixture
