@@ -16,6 +16,8 @@ from data.runtime import fail
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, init_std
 
+KEYS = ('model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer')
+
 
 def save_checkpoint(path, ckpt):
     """
@@ -56,42 +58,63 @@ def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. A damaged, foreign or unsafe file is refused in one line."""
     file = find_checkpoint(path)
     if file is None:
-        inside = ''
-        if os.path.isdir(path):
-            files = sorted(f for f in os.listdir(path) if not f.startswith('.'))
-            if 'config.json' in files:
-                fail(f'{path} is a Hugging Face folder: python -m data.hf.convert {path} out/NAME/ckpt.pt makes a '
-                     'checkpoint of it')
-            inside = f' (it holds {", ".join(files[:8])})' if files else ''
-        before = os.fspath(path).removesuffix('.pt') + '.prev.pt'
-        if os.path.exists(before):
-            fail(f'no checkpoint at {path}: a save was cut short; the one before is {before}')
-        fail(f'no checkpoint at {path}{inside}: train one with train.py --out, or convert one with data.hf.convert')
+        refuse_missing(os.fspath(path))
     if file.endswith(('.safetensors', '.gguf')):
         fail(f'{file} is no checkpoint of train.py or extend.py: python -m data.hf.convert makes one of its folder')
+    other = ''
     prev = file.removesuffix('.pt') + '.prev.pt'
-    other = f'; the one before is {prev}' if os.path.exists(prev) else ''
+    if os.path.exists(prev):
+        other = f'; the one before is {prev}'
+
     try:
-        with zipfile.ZipFile(file) as z:
-            bad = z.testzip()                        # torch.load does not look at the checksums
-            for entry in z.infolist():
-                if entry.external_attr & 0x10:       # marked as a folder: torch would silently leave the tensor unread
-                    bad = bad or entry.filename
+        bad = damaged_entry(file)
         if bad:
             fail(f'{file} is damaged (checksum of {bad}): restore it or train again{other}')
         ckpt = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:                           # every kind of damage has its own exception
-        unsafe = 'weights_only' in str(e).lower() or 'Unsupported' in str(e)
-        what = 'would run code when loaded' if unsafe else f'is not a whole checkpoint ({type(e).__name__})'
+        what = f'is not a whole checkpoint ({type(e).__name__})'
+        if 'weights_only' in str(e).lower() or 'Unsupported' in str(e):
+            what = 'would run code when loaded'
         fail(f'{file} {what}: restore it or train again{other}')
-    keys = ('model', 'config', 'optimizer', 'step', 'tokens', 'seed', 'args', 'fingerprint', 'tokenizer')
-    missing = [key for key in keys if key not in ckpt] if isinstance(ckpt, dict) else keys
+
+    missing = KEYS
+    if isinstance(ckpt, dict):
+        missing = [key for key in KEYS if key not in ckpt]
     if missing:
         fail(f'{file} is not a checkpoint of train.py or extend.py: it lacks {", ".join(missing)}{other}')
     kept = os.path.join(os.path.dirname(os.path.abspath(file)), 'tokenizer')         # see keep_files()
     if ckpt['tokenizer'].startswith('hf:') and os.path.isdir(kept):
         ckpt['tokenizer'] = f'hf:{kept}'
     return ckpt
+
+
+def refuse_missing(path):
+    """Ends the program: there is no checkpoint at this path. Says what is there instead, and what to do."""
+    inside = ''
+    if os.path.isdir(path):
+        files = sorted(os.listdir(path))
+        if 'config.json' in files:
+            fail(f'{path} is a Hugging Face folder: python -m data.hf.convert {path} out/NAME/ckpt.pt makes a '
+                 'checkpoint of it')
+        shown = [file for file in files if not file.startswith('.')]
+        if shown:
+            inside = f' (it holds {", ".join(shown[:8])})'
+    before = path.removesuffix('.pt') + '.prev.pt'
+    if os.path.exists(before):
+        fail(f'no checkpoint at {path}: a save was cut short; the one before is {before}')
+    fail(f'no checkpoint at {path}{inside}: train one with train.py --out, or convert one with data.hf.convert')
+
+
+def damaged_entry(file):
+    """The name of an entry of the file that is not what was saved, or None."""
+    with zipfile.ZipFile(file) as z:
+        bad = z.testzip()                            # torch.load does not look at the checksums
+        if bad:
+            return bad
+        for entry in z.infolist():
+            if entry.external_attr & 0x10:           # marked as a folder: torch would silently leave the tensor unread
+                return entry.filename
+    return None
 
 
 def fingerprint(path):
@@ -125,18 +148,10 @@ def load_model(ckpt, **override):
     except (TypeError, ValueError) as e:
         fail(f'the checkpoint\'s configuration does not fit: {e}')
     have, want = ckpt['model'], model.state_dict()
-    differs = [name for name in (*want, *have) if name not in have or name not in want]
-    optional = ['pos_']                              # tables come and go with pe, gains with qk_norm
+    optional = ('pos_',)                             # tables come and go with pe, gains with qk_norm
     if config.get('qk_norm') != ckpt['config'].get('qk_norm'):
-        optional += ['q_norm', 'k_norm']
-    differs = [name for name in differs if not any(part in name for part in optional)]
-    for name in want.keys() & have.keys():
-        if have[name].shape != want[name].shape:
-            differs.append(f'{name} {tuple(have[name].shape)} for {tuple(want[name].shape)}')
-    if differs:
-        more = ' ...' if len(differs) > 4 else ''
-        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(sorted(differs)[:4])}{more}')
-
+        optional += ('q_norm', 'k_norm')
+    check_names_and_shapes(have, want, optional)
     for name, tensor in have.items():
         check_finite_weight(name, tensor, 'the checkpoint')
 
@@ -157,6 +172,21 @@ def load_model(ckpt, **override):
     if model.config.law != law or other_pe and law != 'ssmax':
         model.reset_temperatures()
     return model
+
+
+def check_names_and_shapes(have, want, optional):
+    """Ends the program where a weight of only one of the two state dicts is none of the optional, or shapes differ."""
+    differs = []
+    for name in sorted(have.keys() | want.keys()):
+        if name not in have or name not in want:
+            if not any(part in name for part in optional):
+                differs.append(name)
+        elif have[name].shape != want[name].shape:
+            differs.append(f'{name} {tuple(have[name].shape)} for {tuple(want[name].shape)}')
+    if len(differs) > 4:
+        differs = differs[:3] + [f'{differs[3]} ...']
+    if differs:
+        fail(f'the checkpoint\'s weights do not fit its configuration: {", ".join(differs)}')
 
 
 def check_finite_weight(name, tensor, where):

@@ -8,6 +8,7 @@ In a head that counts, the first token weighs as much as w others, however many 
 w / (w + n - 1) of its attention, and past the training length L less than any token did in training. A temperature
 lambda makes about w^lambda of w, so lambda = 1 + ln s / ln w brings the share at token s L back to what it is at L.
 """
+import itertools
 import math
 
 import torch
@@ -116,7 +117,8 @@ def main(argv=None):
     ckpt = load_checkpoint(args.ckpt)
     model = load_model(ckpt).eval()
     c = model.config
-    L, T = c.block_size, args.length or 4 * c.block_size
+    L = c.block_size
+    T = args.length or 4 * L
     if c.pe in ('t5', 'alibi', 'learned') or any(c.layer_window):
         fail('this looks at layers of nope, rope or sinusoidal without windows; here are others')
     if any(block.attn.slope.any() for block in model.blocks):
@@ -128,16 +130,21 @@ def main(argv=None):
     data, meta = open_data(args.data, 'val')
     check_fits(c, meta, args.data, [T], ckpt)
     docs = open_rows(ckpt['args'].get('rows', 'anywhere'), data, meta, 'val', T, args.data)
-    bos = meta['bos'] if ckpt['args'].get('bos', True) and docs is None else None
+    bos = None
+    if docs is None and ckpt['args'].get('bos', True):
+        bos = meta['bos']
     rows = [data[start:start + T + 1] for start in spaced_rows(data, T, args.eval_tokens, docs)]
     whole = anchor(rows, bos)
     x, y = whole[:, :-1], whole[:, 1:]
 
-    places = [T >> k for k in reversed(range(8)) if T >> k > 1]
+    places, n = [], T                                # T, T/2, T/4, ..., at most eight, the shortest first
+    while n > 1 and len(places) < 8:
+        places.insert(0, n)
+        n //= 2
     shares = on_first_token(model, x, places)
     base = losses(model, x, y, L)
     alone = {}                                       # {(layer, head): losses}
-    heads = [(layer, head) for layer in range(c.n_layer) for head in range(c.n_head)]
+    heads = list(itertools.product(range(c.n_layer), range(c.n_head)))
     for layer, head in tqdm(heads, desc='heads', leave=False, dynamic_ncols=True):
         scale = model.blocks[layer].attn.scale.data
         was = scale[head].item()

@@ -96,11 +96,69 @@ def check_longest(plan):
 
 def sort_rows(lines, names):
     """Lines of the csv: seed by seed and machine by machine, in the order of the table; those of other tables last."""
-    place = {name: i for i, name in enumerate(names)}
-
     def key(line):
-        return int(line['seed']), line['dtype'], line['threads'], place.get(line['row'], len(names))
+        place = len(names)
+        if line['row'] in names:
+            place = names.index(line['row'])
+        return figures.run_of(line), place
     return sorted(lines, key=key)
+
+
+def line_run(seed, machine):
+    """The run as figures.run_of() reads it off a line of the csv."""
+    return seed, machine.dtype, machine.threads_text
+
+
+def missing_rows(plan, done, runs):
+    """-> {(seed, machine): the rows of the table of which the csv has no line}"""
+    have = set()
+    for line in done:
+        have.add((line['row'], figures.run_of(line)))
+    missing = {}
+    for seed, machine in runs:
+        missing[seed, machine] = []
+        for row in plan.rows:
+            if (row.name, line_run(seed, machine)) not in have:
+                missing[seed, machine].append(row)
+    return missing
+
+
+def make_rows(plan, missing, done, file, threads):
+    """Runs the stages of the missing rows, and writes the csv whenever one is measured -> all its lines."""
+    unmeasured = []
+    for rows in missing.values():
+        unmeasured += rows
+    first_seed, _ = next(iter(missing))
+    check(plan, unmeasured, first_seed)
+    workers, threads = plan.share(len(unmeasured), threads)
+
+    corpora = plan.corpora_stages()
+    todo, ahead = {}, list(corpora)
+    for (seed, machine), rows in missing.items():
+        todo[seed, machine] = plan.stages(rows, seed, machine)
+        ahead += todo[seed, machine]
+    clock = Clock(ahead, workers)
+    for _ in run_stages(corpora, 1, None, clock):
+        pass
+    check_longest(plan)
+
+    for (seed, machine), stages in todo.items():
+        name = f'seed {seed}'
+        if machine.dtype != 'auto':
+            name += f', {machine.dtype}'
+        if machine.threads:
+            name += f', {machine.threads} threads'
+        wanted = len(missing[seed, machine])
+        if wanted < len(plan.rows):
+            print(f'{name}: {len(plan.rows) - wanted} of {len(plan.rows)} rows are in {file} already')
+        measured = 0
+        for stage in run_stages(stages, workers, threads, clock):
+            if stage.row:                            # a row counts as soon as it is measured
+                done = sort_rows(done + plan.collect(stage, seed, machine), plan.names)
+                write_csv(file, done)
+                measured += 1
+                print(f'{name}: {measured} of {wanted} rows measured', flush=True)
+    return done
 
 
 def main(argv=None):
@@ -109,60 +167,37 @@ def main(argv=None):
     plan = Plan(args.scale, args.table, args.out, args.text, args.tokenizer)
     file = args.csv or plan.csv
     preflight(os.path.dirname(file) or '.', 0)
-    machines = [Machine(dtype, args.threads) for dtype in args.dtype]
-    runs = [(seed, machine) for seed in args.seeds for machine in machines]
+    runs = []
+    for seed in args.seeds:
+        for dtype in args.dtype:
+            runs.append((seed, Machine(dtype, args.threads)))
 
     # the rows that are there count if they were made as they would be now; those of other tables stay
-    done = [line for line in map(figures.with_new_columns, read_csv(file)) if plan.is_current(line)]
-    have = {(line['row'], int(line['seed']), line['dtype'], line['threads']) for line in done}
-    missing = {}
-    for seed, machine in runs:
-        where = (seed, machine.dtype, machine.threads_text)
-        missing[seed, machine] = [row for row in plan.rows if (row.name, *where) not in have]
-    if args.no_run:
-        if not any(line['row'] in plan.names for line in done):
-            fail(f'{file} has no row of this table made with these flags: leave out --no_run')
-        missing = {}
-    unmeasured = [row for rows in missing.values() for row in rows]
+    done = []
+    for line in read_csv(file):
+        line = figures.with_new_columns(line)
+        if plan.is_current(line):
+            done.append(line)
+    missing = missing_rows(plan, done, runs)
+    if any(missing.values()) and not args.no_run:
+        done = make_rows(plan, missing, done, file, args.threads)
 
-    if unmeasured:
-        check(plan, unmeasured, args.seeds[0])
-        workers, threads = plan.share(len(unmeasured), args.threads)
-        todo = {run: plan.stages(rows, *run) for run, rows in missing.items()}
-        corpora = plan.corpora_stages()
-        clock = Clock(corpora + [stage for stages in todo.values() for stage in stages], workers)
-        for _ in run_stages(corpora, 1, None, clock):
-            pass
-        check_longest(plan)
-        for (seed, machine), stages in todo.items():
-            wanted = missing[seed, machine]
-            name = f'seed {seed}'
-            if machine.dtype != 'auto':
-                name += f', {machine.dtype}'
-            if machine.threads:
-                name += f', {machine.threads} threads'
-            if len(wanted) < len(plan.rows):
-                print(f'{name}: {len(plan.rows) - len(wanted)} of {len(plan.rows)} rows are in {file} already')
-            measured = 0
-            for stage in run_stages(stages, workers, threads, clock):
-                if stage.row:                        # a row counts as soon as it is measured
-                    done = sort_rows(done + plan.collect(stage, seed, machine), plan.names)
-                    write_csv(file, done)
-                    measured += 1
-                    print(f'{name}: {measured} of {len(wanted)} rows measured', flush=True)
-
-    asked = {(seed, machine.dtype, machine.threads_text) for seed, machine in runs}
-    shown = [line for line in done if figures.run_of(line) in asked]
+    asked = [line_run(seed, machine) for seed, machine in runs]
+    shown = []
+    for line in done:
+        if line['row'] in plan.names and figures.run_of(line) in asked:
+            shown.append(line)
     if not shown:
-        fail(f'{file} has no row of these seeds and this --dtype: leave out --no_run')
-    figures.print_heat_maps(plan, args.seeds[0], machines[0])
+        fail(f'{file} has no row of this table, these seeds and this --dtype: leave out --no_run')
+    first_seed, first_machine = runs[0]
+    figures.print_heat_maps(plan, first_seed, first_machine)
     print('\n' + figures.table(shown, plan.names, plan.lengths, plan.L))
     if args.table == 'layers':
         print('\n' + figures.table_of_caches(plan))
     if len(runs) > 1 and args.table == 'headline':
         print('\n' + figures.table_of_runs(shown, plan.names, plan.lengths, plan.L))
     os.makedirs(plan.out, exist_ok=True)             # where the figure goes by default
-    figures.draw(plan, shown, args.seeds[0], machines[0], args.plot)
+    figures.draw(plan, shown, first_seed, first_machine, args.plot)
     print(f'\n{file}; {time.time() - start:.0f} s')
 
 

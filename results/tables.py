@@ -169,9 +169,10 @@ GROUPS = dict(layers={
     'NoPE, sharpened': ['NoPE', 'NoPE uniform', 'NoPE uniform, at each length', 'NoPE head'],
     'NoPE, one tuning for every length': ['NoPE uniform-log', 'NoPE head-log', 'NoPE head-log, tuned at 4x',
                                           'NoPE head-log, tuned at 2x'],
-    'RoPE, stretched': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE NTK, factor from the grid', 'RoPE dynamic NTK',
-                        'RoPE YaRN', 'RoPE dynamic YaRN', 'RoPE LongRoPE'],
-    'RoPE, stretched and trained on': ['RoPE PI', 'RoPE PI, trained on', 'RoPE YaRN', 'RoPE YaRN, trained on'],
+    'RoPE, stretched for 8x': ['RoPE', 'RoPE PI', 'RoPE NTK', 'RoPE NTK, factor from the grid', 'RoPE YaRN',
+                               'RoPE LongRoPE'],
+    'stretched anew at each length; trained on': ['RoPE YaRN', 'RoPE dynamic NTK', 'RoPE dynamic YaRN',
+                                                  'RoPE PI, trained on', 'RoPE YaRN, trained on'],
     'DroPE beside YaRN': ['RoPE YaRN', 'DroPE', 'DroPE uniform', 'DroPE head', "DroPE, the authors' QK-norm",
                           "DroPE uniform, the authors' QK-norm", 'DroPE, no QK-norm', 'DroPE uniform, no QK-norm'],
 })
