@@ -13,10 +13,10 @@ Sharper attention, for any encoding: lambda_h = scale_h + slope_h ln max(1, n / 
 and the training length L; --law has others, which go by the position of a query. RoPE is also extended by slower
 rotation (fine-tune it with train.py --init_from, --length).
 
-Writes <method>-<length>.pt beside the checkpoint (or in --out), which every script opens, and for both of them
+Writes <method>-<length>.pt beside the checkpoint (or in --out), which every script opens, and for both checkpoints
   .ppl.csv      perplexity by length (.paper.ppl.csv with --protocol paper: other tokens)
   .entropy.csv  attention entropy in nats of each head in bands of positions, at the longest length
-The checkpoint's own stay in <checkpoint>.measured.json for the next extension; an older extension's are removed.
+Those of --ckpt are kept in <checkpoint>.measured.json for its next extension.
 """
 import argparse
 import math
@@ -191,7 +191,7 @@ class Method(NamedTuple):
 
 METHODS = {
     'uniform': Method(uniform, True, False, 'one scale for all, of --grid the best at --length (Wang et al. 2024)'),
-    'head': Method(head, True, False, 'a scale for each head, tuned by gradient at --length, never below 1 (there)'),
+    'head': Method(head, True, False, 'a scale for each head, tuned by gradient at --length, never below 1 (ibid.)'),
     'uniform-log': Method(uniform_log, True, False, 'uniform read as a slope: the same at --length, nothing up to L'),
     'head-log': Method(head_log, True, False, 'head read as slopes: the same at --length, nothing up to L'),
     'pi': Method(stretch, False, True, 'RoPE, every frequency divided by s = length / L (Chen et al. 2023)'),
@@ -232,9 +232,9 @@ def parse_args(argv=None):
     p.add_argument('--length', type=positive_int,
                    help='tokens a row while extending (default 4 times the training length)')
     p.add_argument('--rows', choices=('documents', 'anywhere'),
-                   help='where rows begin, in tuning and measuring: with a document that is longer than they are, or '
+                   help='where rows begin, in tuning and measuring: at the start of a document longer than the row, or '
                         'anywhere (default: as the checkpoint was trained)')
-    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: as the '
+    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: each row begins with BOS (default: as the '
                    'checkpoint was trained)')
     p.add_argument('--out', help='folder of the results (default: the checkpoint\'s)')
     p.add_argument('--temperatures', choices=('nope', 'all'), help='layers that have them: the NoPE ones of a mixed '
@@ -256,9 +256,9 @@ def parse_args(argv=None):
     p.add_argument('--steps', type=positive_int, default=200)
     p.add_argument('--batch', type=positive_int, default=8, help='rows a step, over all processes')
     p.add_argument('--micro_batch', type=positive_int,
-                   help="rows in one forward pass (default: this process's share of --batch; on a GPU what fits of it)")
+                   help="rows in one forward pass (default: this process's share of --batch; on a GPU, what fits)")
     # longrope; the paper's values (table 9)
-    p.add_argument('--population', type=population, default=64, help='candidates at first; later half as many new ones')
+    p.add_argument('--population', type=population, default=64, help='candidates at first; then half as many at a time')
     p.add_argument('--iterations', type=positive_int, default=40, help='generations after the first')
     # measuring
     p.add_argument('--measure', type=measures, default=['ppl', 'entropy'], help='ppl, entropy or both (default); past '
@@ -272,8 +272,8 @@ def parse_args(argv=None):
     p.add_argument('--eval_tokens', type=natural, default=2**14,
                    help='tokens scored at each length; 0 measures nothing (paper 2097152)')
     p.add_argument('--protocol', choices=('same', 'paper'), default='same',
-                   help='same: the same tokens (with --rows documents, documents) at every length; paper: each length '
-                        'on the first documents longer than it, no BOS')
+                   help='same: the same tokens at every length (with --rows documents: beginnings of documents, chosen '
+                        'for each length); paper: each length on the first documents longer than it, no BOS')
     p.add_argument('--batch_tokens', type=positive_int, default=2**14, help='tokens in a forward pass of measuring')
     p.add_argument('--plot', metavar='FILE.png', help='draw perplexity, entropy and the temperatures')
     # machine

@@ -54,7 +54,7 @@ class GPTConfig:
     rope_start: int = 0          # LongRoPE's n-hat: the first positions keep the frequencies of rope_theta
     law: str = 'length'          # what the slopes of temperatures multiply, see growth()
     law_at: float = 0            # the unit in which a law measures n, in tokens; 0 is block_size
-    temperatures: str = 'nope'   # the layers of a mixed model that have tuned ones, or 'all' (always so in others)
+    temperatures: str = 'nope'   # which layers of a mixed model are tuned; other models: always all
 
     def __post_init__(self):
         self.window = str(self.window)
@@ -126,10 +126,10 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         if self.pe == 'rope':
             q, k = rotate(q, rope), rotate(k, rope)
-        if self.norm_in_heads:                       # after or before the rotation: it changes no vector's norm
+        if self.norm_in_heads:                       # rotation changes no vector's norm, so either order will do
             q = F.rms_norm(q, (self.hs,), eps=self.eps)
             k = F.rms_norm(k, (self.hs,), eps=self.eps)
-        # a factor on q is one on all its scores q.k: here lambda enters. 1.0 changes nothing, bit for bit
+        # scaling q scales all its scores q.k: lambda enters here. 1.0 changes nothing, bit for bit
         q = q * self.temperature(grown)
         return q.type_as(v), k.type_as(v), v
 
@@ -238,7 +238,7 @@ class GPT(nn.Module):
         x = self.embed(idx)                          # (B, T, C)
         if c.pe == 'learned':
             if end > c.block_size:
-                raise ValueError(f'pe=learned has a table of {c.block_size} positions; {end} were asked for')
+                raise ValueError(f'pe=learned has a table of {c.block_size} positions: too short for {end} tokens')
             x = x + self.pos_embed(pos)
         elif c.pe == 'sinusoidal':
             x = x * math.sqrt(c.n_embd) + sinusoid(pos, c.n_embd)

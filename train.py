@@ -105,9 +105,9 @@ def parse_args(argv=None):
     # batch
     p.add_argument('--length', type=positive_int, help='tokens a row (default block_size); another to fine-tune at')
     p.add_argument('--min_length', type=positive_int, help='each step draws its length: length, length/2, ... to this')
-    p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: with a document that is longer '
-                   'than they are, or anywhere')
-    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: BOS stands before each row (default: yes, but '
+    p.add_argument('--rows', choices=('documents', 'anywhere'), help='where rows begin: at the start of a document '
+                   'longer than the row, or anywhere')
+    p.add_argument('--bos', action=yes_no, help='with --rows anywhere: each row begins with BOS (default: yes, except '
                    'for tinyllama; or as the checkpoint was trained)')
     p.add_argument('--batch_tokens', type=positive_int, help='tokens a step, over all processes')
     p.add_argument('--micro_batch', type=positive_int, help='rows in a forward pass; the rest is accumulation')

@@ -247,8 +247,8 @@ def forget(stem):
 
 def measure_base(model, docs, bos, meta, args, env):
     """
-    measure() of --ckpt itself, once for all its extensions: beside the csv is a file that has the rows and what made
-    them. Only --method none measures in any case.
+    measure() of --ckpt itself, once for all its extensions: a file beside the csv keeps the rows and what made them.
+    Only --method none always measures again.
     """
     name = stem(args.ckpt)
     file = f'{args.out}/{name}.measured.json'
@@ -275,8 +275,8 @@ def measure_base(model, docs, bos, meta, args, env):
 
 def rows_so_far(file, note, made_by, columns, resume):
     """
-    Rows of the csv that is there, where --resume goes on with it; the note beside it says what they are of. columns:
-    {name: type}.
+    Rows of an existing csv, if --resume continues it; the note beside it says which checkpoint and flags made them.
+    columns: {name: type}.
     """
     if resume and os.path.exists(file):
         if read_json(note) != made_by:

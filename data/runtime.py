@@ -463,13 +463,13 @@ def listen():
 
 
 LONG = 20                        # seconds: what takes less needs no announcement
-FIRST = 2                        # seconds after which a work tells how long all of it takes: the first calls are slow
+FIRST = 2                        # seconds of work before the total is estimated: the first calls are slow
 
 
 class Estimate:
     """
-    Says once how long a work takes, where that is long, and what makes it `shorter`. Goes above a progress bar. work:
-    all of it, in any unit.
+    Says once how long the work will take, if that is long, and what makes it `shorter`. Appears above a progress bar.
+    work: its total, in any unit.
     """
 
     def __init__(self, env, work, shorter):
@@ -477,7 +477,7 @@ class Estimate:
         self.began, self.done, self.silent = time.time(), 0, False
 
     def update(self, done):
-        """So much more of the work is done."""
+        """Adds `done` to the work done so far."""
         self.done += done
         elapsed = time.time() - self.began
         if self.silent or elapsed < FIRST:

@@ -15,7 +15,7 @@ MEASURES = dict(loss=('loss (nats)', 1, 2), passkey=('passkey (%)', 100, 0))    
 
 
 def with_new_columns(line):
-    """A line of the csv; of one that was written before there was a column for it, that column is empty."""
+    """A line of the csv. Columns that are newer than the line are filled in: dtype with fp32, the others empty."""
     return dict(dtype='fp32', threads='', trained_in='', tokens='', extended_s='') | line
 
 

@@ -5,8 +5,8 @@ token of a row, from which NoPE can tell how far it is (Kazemnejad et al. 2023, 
     python -m results.heads --ckpt out/nope --data data/passkey_long --length 1024 --factor 1.3
 
 In a head that counts, the first token weighs as much as w others, however many there are: token n gives it the share
-w / (w + n - 1) of its attention, and past the training length L less than any token did in training. A temperature
-lambda makes about w^lambda of w, so lambda = 1 + ln s / ln w brings the share at token s L back to what it is at L.
+w / (w + n - 1) of its attention. Past the training length L that is less than it ever was in training. A temperature
+lambda turns w into about w^lambda, so lambda = 1 + ln s / ln w brings the share at token s L back to what it is at L.
 """
 import itertools
 import math
@@ -163,7 +163,8 @@ def main(argv=None):
             counting[layer, head] = w
             factor = 1 + math.log(T / L) / math.log(w)
             print(f'\nlayer {layer} head {head} counts: the first token weighs as much as {w:.0f} others, from token '
-                  f'{late[0]:,} to {T:,};\n{factor:.2f} times as sharp it would give at {T:,} what it gives at {L:,}')
+                  f'{late[0]:,} to {T:,};')
+            print(f'{factor:.2f} times as sharp it would give at {T:,} the share that it has at {L:,}')
     if args.plot:
         plot(alone, base, shares, counting, places, L, args)
 

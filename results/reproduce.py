@@ -11,8 +11,8 @@ there already is not run again, so a sweep that was stopped goes on where it was
     python -m results.reproduce --scale small --text ~/books       # one GPU; without --text FineWeb-Edu and PG19
     python -m results.reproduce --scale paper                      # eight GPUs, days
 
-A figure past the first decimals depends on how a machine rounds: each --dtype of training (and --threads) is a run of
-its own, in a folder and with lines of the csv of its own.
+Past the first decimals the numbers depend on how a machine rounds. So each --dtype of training (and --threads) is a
+separate run, with its own folder and its own lines in the csv.
 """
 import os
 import time
@@ -85,7 +85,7 @@ def check(plan, missing, seed):
 
 
 def check_longest(plan):
-    """After the corpora, before the hours: a document of val.bin is longer than the longest length."""
+    """Before the hours of training: ends the program if val.bin has no document longer than the longest length."""
     folder = plan.data(plan.measured_on)
     longest = max(map(len, documents(*open_data(folder, 'val'), 'val')))
     need = max(plan.lengths) + plan.measure['stride']            # perplexity scores the stride behind it

@@ -57,7 +57,7 @@ class Stage:
 
 
 class Clock:
-    """What is left to do, in seconds: as expected, times what the stages so far took over what was expected of them."""
+    """Seconds of work left: what is expected, corrected by how much longer than expected the stages so far took."""
 
     def __init__(self, stages, workers):
         self.left = sum(stage.seconds for stage in stages)
@@ -82,7 +82,7 @@ def duration(seconds):
 
 
 def run(command, threads=None, log=None):
-    """One command, shown; with a log it speaks there, and only its last line is said where it fails."""
+    """Shows and runs a command. With a log its output goes there; if it fails, only the last line is shown."""
     env = dict(os.environ)
     shown = str(command)
     if threads:
@@ -104,9 +104,9 @@ def run(command, threads=None, log=None):
 
 def run_stages(stages, workers, threads, clock):
     """
-    Yields each stage as it ends. `workers` run at a time, with so many threads each; one of them has the terminal. The
-    next to start is the first in the list that does not wait for another. Once one fails, no other starts, what is
-    running still counts, and then the sweep ends as the failed one did.
+    Yields each stage as it ends. `workers` run at a time, with `threads` threads each; one of them has the terminal.
+    The next to start is the first in the list that does not wait for another. Once one fails, no other starts. Those
+    already running still count if they succeed; then the sweep ends with the failed one's error.
     """
     screen, failed = threading.Lock(), []
 
